@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Environment if missing, lint, the test suite.
+#
+#   bash tools/run_tests.sh                # the fast tests
+#   bash tools/run_tests.sh -m ''          # the slow ones too, as CI does
+#   bash tools/run_tests.sh tests/test_x   # any of pytest's arguments
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/setup_env.sh
+case ${STACK:-openmmlab} in
+onedl) python=${VENV:-.venv-onedl}/bin/python ;;
+*) python=${VENV:-.venv}/bin/python ;;
+esac
+"$python" -m ruff check .
+exec "$python" -m pytest "$@"

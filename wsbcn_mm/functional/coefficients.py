@@ -1,0 +1,125 @@
+"""From moments to coefficients: pure functions over small tensors.
+
+Each takes the moments ``mean`` and ``var``, shape (N, C), first and returns
+``scale`` and ``shift`` for ``(x - mean) * scale + shift``.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+
+def group_coefficients(mean: Tensor, var: Tensor, weight: Tensor,
+                       bias: Tensor, *, num_groups: int,
+                       eps: float) -> Tuple[Tensor, Tensor]:
+    r"""Group Normalization.
+
+    The mean and the variance of a group follow from those of its channels:
+
+    .. math::
+        M_{ng} = \mathrm{mean}_{c \in g}(m_{nc}), \qquad
+        V_{ng} = \mathrm{mean}_{c \in g}(v_{nc}) +
+                 \mathrm{var}_{c \in g}(m_{nc})
+
+    Args:
+        mean, var (Tensor): Moments of the input.
+        weight, bias (Tensor): The affine, one pair per group or per channel.
+        num_groups (int): Number of groups.
+        eps (float): Added to the variance.
+    """
+    grouped = mean.unflatten(1, (num_groups, -1))  # (N, G, C / G)
+    group_mean = grouped.mean(2, keepdim=True)
+    centered = grouped - group_mean
+    group_var = var.unflatten(1, (num_groups, -1)).mean(2, keepdim=True)
+    group_var = group_var + centered.square().mean(2, keepdim=True)
+    scale = weight.view(num_groups, -1) * (group_var + eps).rsqrt()
+    shift = centered * scale + bias.view(num_groups, -1)
+    return scale.expand_as(centered).flatten(1), shift.flatten(1)
+
+
+def batch_channel_coefficients(mean: Tensor, var: Tensor,
+                               batch_weight: Tensor, batch_bias: Tensor,
+                               weight: Tensor, bias: Tensor, *,
+                               running_mean: Tensor, running_var: Tensor,
+                               num_groups: int,
+                               eps: float) -> Tuple[Tensor, Tensor]:
+    r"""Batch-Channel Normalization with given batch statistics.
+
+    The first affine, :math:`a x + b` with :math:`a = \gamma_b / \sqrt{\sigma^2
+    + \epsilon}` and :math:`b = \beta_b - a \mu`, moves the moments to
+    :math:`a m + b` and :math:`a^2 v`; Group Normalization follows.
+
+    Args:
+        mean, var (Tensor): Moments of the input.
+        batch_weight, batch_bias (Tensor): The affine of the batch part.
+        weight, bias (Tensor): The output affine, per group or per channel.
+        running_mean, running_var (Tensor): :math:`\mu, \sigma^2`.
+        num_groups (int): Number of channel groups.
+        eps (float): Added to both variances.
+    """
+    batch_scale = batch_weight * (running_var + eps).rsqrt()
+    scale, shift = group_coefficients(
+        (mean - running_mean) * batch_scale + batch_bias,
+        batch_scale.square() * var,
+        weight,
+        bias,
+        num_groups=num_groups,
+        eps=eps)
+    return scale * batch_scale, shift
+
+
+def large_batch_channel_coefficients(mean: Tensor, var: Tensor,
+                                     *parameters: Tensor, num_groups: int,
+                                     eps: float) -> Tuple[Tensor, Tensor]:
+    """Batch-Channel Normalization with the batch's own statistics.
+
+    Gradients flow through :func:`batch_statistics`.
+    """
+    batch_mean, batch_var = batch_statistics(mean, var)
+    return batch_channel_coefficients(
+        mean,
+        var,
+        *parameters,
+        running_mean=batch_mean,
+        running_var=batch_var,
+        num_groups=num_groups,
+        eps=eps)
+
+
+def batch_statistics(mean: Tensor, var: Tensor,
+                     center: Optional[Tensor] = None
+                     ) -> Tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel over samples and positions.
+
+    Args:
+        mean, var (Tensor): Moments of the input, shape (N, C).
+        center (Tensor | None): What the squares are taken about, shape (C,).
+            Default: None, the mean itself.
+    """
+    batch_mean = mean.mean(0)
+    center = batch_mean if center is None else center
+    return batch_mean, (var + (mean - center).square()).mean(0)
+
+
+def updated_estimates(running_mean: Tensor, running_var: Tensor, mean: Tensor,
+                      var: Tensor, rate) -> Tuple[Tensor, Tensor]:
+    r"""Move estimates by a share ``rate`` towards a batch's statistics.
+
+    .. math::
+        \mu \leftarrow \mu + r (m - \mu), \qquad
+        \sigma^2 \leftarrow \sigma^2 + r (v - \sigma^2)
+
+    A channel with an infinite or NaN statistic keeps its estimates: one
+    overflow in float16 must not poison them for good.
+
+    Args:
+        running_mean, running_var (Tensor): The old estimates, shape (C,).
+        mean, var (Tensor): The batch's statistics, shape (C,).
+        rate (float | Tensor): The update rate r.
+    """
+    new_mean = torch.lerp(running_mean, mean, rate)
+    new_var = torch.lerp(running_var, var, rate)
+    good = new_mean.isfinite() & new_var.isfinite()
+    return (torch.where(good, new_mean, running_mean),
+            torch.where(good, new_var, running_var))

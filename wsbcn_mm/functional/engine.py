@@ -1,0 +1,158 @@
+"""Moments, coefficients, one affine: what every normalizer here is made of.
+
+A normalizer is a function ``coefficients(mean, var, *parameters)`` from the
+per-sample, per-channel moments of its input to a ``scale`` and a ``shift`` of
+the same (N, C) shape. Its output is ``(x - mean) * scale + shift``. So a
+forward pass reads the activations twice and writes them once, a backward pass
+reads them four times (gradient and input, for two sums and for the result)
+and writes them once, and all that is saved for it is the input and small
+tensors.
+
+``x`` stays centred at its own mean throughout, because ``x * scale + shift``
+would lose all its digits where the mean is large against the spread.
+"""
+
+from typing import Callable, Tuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+
+Coefficients = Callable[..., Tuple[Tensor, Tensor]]
+
+
+def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    r"""Mean and biased variance of each sample's channels.
+
+    .. math::
+        m_{nc} = \frac1L \sum_l x_{ncl}, \qquad
+        v_{nc} = \frac1L \sum_l (x_{ncl} - m_{nc})^2
+
+    The result carries no gradient: :func:`normalize` knows that its moments
+    are those of its input.
+
+    Args:
+        x (Tensor): Activations, floating point.
+
+    Shape:
+        - x: :math:`(N, C, *)`
+        - mean, var: :math:`(N, C)`, float64 for float64 and else float32
+
+    Example:
+        >>> mean, var = moments(torch.tensor([[[1., 3.]]]))
+        >>> mean, var
+        (tensor([[2.]]), tensor([[1.]]))
+    """
+    return kernels.select(x).moments(x.detach())
+
+
+def normalize(x: Tensor, mean: Tensor, var: Tensor,
+              coefficients: Coefficients, *parameters: Tensor) -> Tensor:
+    r"""Normalize with coefficients that are functions of the moments.
+
+    .. math::
+        (s, t) = \mathrm{coefficients}(m, v, \theta_1, \theta_2, ...), \qquad
+        y_{ncl} = s_{nc} (x_{ncl} - m_{nc}) + t_{nc}
+
+    Gradients flow to ``x``, through the moments too, and to the parameters.
+
+    Args:
+        x (Tensor): Activations, floating point.
+        mean, var (Tensor): ``moments(x)``.
+        coefficients (Callable): A differentiable, pure function of the
+            moments and the parameters to ``(scale, shift)``.
+        *parameters (Tensor): What the coefficients depend on besides.
+
+    Shape:
+        - x, result: :math:`(N, C, *)`, of one dtype and memory format
+        - mean, var, scale, shift: :math:`(N, C)`
+
+    Example:
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> def instance_norm(mean, var, weight):
+        ...     return weight * (var + 1e-5).rsqrt(), torch.zeros_like(mean)
+        >>> y = normalize(x, *moments(x), instance_norm, torch.ones(3))
+        >>> torch.allclose(y, torch.nn.functional.instance_norm(x), atol=1e-5)
+        True
+    """
+    if torch.compiler.is_compiling():
+        # The compiler fuses the definition itself.
+        return _definition(x, coefficients, *parameters)
+    if torch.is_grad_enabled() and any(t.requires_grad
+                                       for t in (x, *parameters)):
+        return _Normalize.apply(x, mean, var, coefficients, *parameters)
+    scale, shift = coefficients(mean, var, *parameters)
+    return kernels.select(x).affine(x, mean, scale, shift)
+
+
+def _definition(x: Tensor, coefficients: Coefficients,
+                *parameters: Tensor) -> Tensor:
+    mean, var = kernels.plain.moments(x)
+    scale, shift = coefficients(mean, var, *parameters)
+    return kernels.plain.affine(x, mean, scale, shift)
+
+
+class _Normalize(torch.autograd.Function):
+    """The three passes of a backward, instead of autograd's many."""
+
+    @staticmethod
+    def forward(ctx, x, mean, var, coefficients, *parameters):
+        with torch.enable_grad():
+            small = [t.detach().requires_grad_() for t in (mean, var)]
+            small += [
+                p.detach().requires_grad_(p.requires_grad) for p in parameters
+            ]
+            scale, shift = coefficients(*small)
+        ctx.save_for_backward(x, *parameters)
+        ctx.coefficients = coefficients
+        ctx.small, ctx.scale, ctx.shift = small, scale, shift
+        return kernels.select(x).affine(x, small[0].detach(), scale.detach(),
+                                        shift.detach())
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *parameters = ctx.saved_tensors
+        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+        if torch.is_grad_enabled():  # create_graph: a gradient of gradients
+            return _Normalize._differentiable_backward(ctx, grad, x,
+                                                       parameters, wanted)
+        kernel = kernels.select(x)
+        mean, var = ctx.small[:2]
+        center, scale = mean.detach(), ctx.scale.detach()
+        grad_shift, grad_scale = kernel.reduce(grad, x, center)
+        with torch.enable_grad():
+            grads = iter(
+                torch.autograd.grad(
+                    (ctx.scale, ctx.shift),
+                    [t for t in ctx.small if t.requires_grad],
+                    (grad_scale, grad_shift),
+                    retain_graph=True,
+                    allow_unused=True))
+        grad_mean, grad_var, *grad_parameters = [
+            next(grads) if t.requires_grad else None for t in ctx.small
+        ]
+        grad_x = None
+        if wanted[0]:
+            length = max(x[0, 0].numel(), 1) if x.numel() else 1
+            # The centre is the mean as well: d/dm of (x - m) * scale.
+            offset = -scale * grad_shift
+            if grad_mean is not None:
+                offset = offset + grad_mean
+            slope = (
+                torch.zeros_like(scale)
+                if grad_var is None else grad_var * (2 / length))
+            grad_x = kernel.input_grad(grad, x, center, scale, slope,
+                                       offset / length)
+        return grad_x, None, None, None, *grad_parameters
+
+    @staticmethod
+    def _differentiable_backward(ctx, grad, x, parameters, wanted):
+        with torch.enable_grad():
+            y = _definition(x, ctx.coefficients, *parameters)
+            inputs = [t for t, w in zip((x, *parameters), wanted) if w]
+            grads = iter(
+                torch.autograd.grad(
+                    y, inputs, grad, create_graph=True, allow_unused=True))
+        grad_x, *grad_parameters = [next(grads) if w else None for w in wanted]
+        return grad_x, None, None, None, *grad_parameters

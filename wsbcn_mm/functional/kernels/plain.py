@@ -1,0 +1,47 @@
+"""Plain PyTorch, for every device, dtype and layout: the definition."""
+
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+
+def _statistics(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _spatial(x: Tensor) -> Tuple[int, ...]:
+    return tuple(range(2, x.dim()))
+
+
+def _expand(small: Tensor, x: Tensor) -> Tensor:
+    return small[(..., *(None for _ in _spatial(x)))]
+
+
+def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    if x.numel() == 0:  # no position: torch would say NaN, and warn
+        zero = _statistics(x.new_zeros(x.shape[:2]))
+        return zero, zero.clone()
+    # Two passes where one would do, since E[x^2] - E[x]^2 cancels
+    # catastrophically when the mean is large.
+    var, mean = torch.var_mean(_statistics(x), _spatial(x), correction=0)
+    return mean, var
+
+
+def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    y = _statistics(x) - _expand(center, x)
+    return torch.addcmul(_expand(shift, x), y, _expand(scale, x)).to(x.dtype)
+
+
+def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
+    grad = _statistics(grad)
+    centered = _statistics(x) - _expand(center, x)
+    return grad.sum(_spatial(x)), (grad * centered).sum(_spatial(x))
+
+
+def input_grad(grad: Tensor, x: Tensor, center: Tensor, scale: Tensor,
+               slope: Tensor, offset: Tensor) -> Tensor:
+    result = torch.addcmul(_expand(offset, x), _statistics(grad),
+                           _expand(scale, x))
+    centered = _statistics(x) - _expand(center, x)
+    return torch.addcmul(result, centered, _expand(slope, x)).to(x.dtype)

@@ -1,0 +1,223 @@
+from functools import partial
+from typing import Optional
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..functional import (batch_channel_coefficients, batch_statistics,
+                          large_batch_channel_coefficients, moments,
+                          normalize, updated_estimates)
+from ._base import (NormBase, check_count, check_momentum, in_backward,
+                    largest_divisor)
+from .batch_statistics import BatchStatistics
+
+
+@MODELS.register_module(name='BCN', force=True)
+class BCN(NormBase):
+    r"""Batch-Channel Normalization, for batches of any size down to one image.
+
+    A channel is normalized first with batch statistics, then, together with
+    the channels of its group, with the sample's own:
+
+    .. math::
+        z_{ncl} &= \gamma^b_c \frac{x_{ncl} - \mu_c}
+                   {\sqrt{\sigma^2_c + \epsilon}} + \beta^b_c \\
+        y_{ncl} &= \gamma_g \frac{z_{ncl} - \mathrm{mean}_{ng}(z)}
+                   {\sqrt{\mathrm{var}_{ng}(z) + \epsilon}} + \beta_g
+
+    With ``estimate=True`` (micro-batch), :math:`\mu_c` and :math:`\sigma^2_c`
+    are estimates that each training forward moves by a share r, the update
+    rate, towards the batch's, and they carry no gradient. With
+    ``estimate=False`` (large batch) they are the batch's own mean and
+    variance in training, and running averages in evaluation, as in
+    :class:`torch.nn.BatchNorm2d`.
+
+    From `Micro-Batch Training with Batch-Channel Normalization and Weight
+    Standardization <https://arxiv.org/abs/1903.10520>`_. Use it with
+    :class:`ConvWS`. Not to be confused with the layer of the same name in
+    `arXiv:2312.00596 <https://arxiv.org/abs/2312.00596>`_.
+
+    Args:
+        num_features (int): Number of channels C.
+        num_groups (int): Number of channel groups. Where it does not divide
+            C, the largest divisor of C not above it is taken. Default: 32
+        eps (float): Added to both variances. Default: 1e-5
+        momentum (float | None): The update rate r, applied once a training
+            forward. A memory of about ``images / r`` images follows from it,
+            and it is what should stay fixed: ``r = 0.1 * images per forward /
+            images per optimizer step`` is a good choice (:func:`update_rate`).
+            The default is that of 1 or 2 images of 16. None: the cumulative
+            average of all forwards. Default: 0.01
+        estimate (bool): Whether to normalize with estimates (micro-batch)
+            rather than with the batch's own statistics. Default: True
+        channel_affine (str): ``'group'`` for one pair :math:`\gamma,
+            \beta` per group, ``'channel'`` for one per channel, which is what
+            a Group Normalization checkpoint holds. Default: ``'group'``
+
+    Attributes:
+        weight, bias (Parameter): :math:`\gamma, \beta`, the output affine.
+        batch_weight, batch_bias (Parameter): :math:`\gamma^b, \beta^b`.
+        running_mean, running_var (Tensor): :math:`\mu, \sigma^2`.
+        num_batches_tracked (Tensor): Number of training forwards.
+
+    Shape:
+        - Input: :math:`(N, C, *)`, 3 to 5 dimensions; float64, float32,
+          bfloat16 or float16 (statistics in float32)
+        - Output: the same shape, dtype and memory format
+
+    Raises:
+        ValueError: If an argument is out of range, or the input has another
+            number of channels or of dimensions.
+        TypeError: If an argument or the input is of another type.
+
+    Example:
+        >>> norm = BCN(64, momentum=0.1 * 1 / 16)
+        >>> norm(torch.randn(1, 64, 50, 76)).shape
+        torch.Size([1, 64, 50, 76])
+    """
+
+    _abbr_ = 'bcn'
+
+    def __init__(self,
+                 num_features: int,
+                 num_groups: int = 32,
+                 eps: float = 1e-5,
+                 momentum: Optional[float] = 0.01,
+                 estimate: bool = True,
+                 channel_affine: str = 'group',
+                 device=None,
+                 dtype=None):
+        name = type(self).__name__
+        num_features = check_count(name, 'num_features', num_features)
+        num_groups = check_count(name, 'num_groups', num_groups)
+        if channel_affine not in ('group', 'channel'):
+            raise ValueError(f"{name}: channel_affine must be 'group' or "
+                             f"'channel', got {channel_affine!r}")
+        if not isinstance(estimate, bool):
+            raise TypeError(f'{name}: estimate must be True or False, got '
+                            f'{estimate!r} ({type(estimate).__name__})')
+        super().__init__(num_features,
+                         largest_divisor(num_features, num_groups), eps)
+        self.momentum = check_momentum(name, momentum)
+        self.estimate = estimate
+        self.channel_affine = channel_affine
+        pairs = self.num_groups if channel_affine == 'group' else num_features
+        factory = dict(device=device, dtype=dtype)
+        self.weight = nn.Parameter(torch.empty(pairs, **factory))
+        self.bias = nn.Parameter(torch.empty(pairs, **factory))
+        self.batch_weight = nn.Parameter(torch.empty(num_features, **factory))
+        self.batch_bias = nn.Parameter(torch.empty(num_features, **factory))
+        self.register_buffer('running_mean',
+                             torch.empty(num_features, **factory))
+        self.register_buffer('running_var',
+                             torch.empty(num_features, **factory))
+        self.register_buffer('num_batches_tracked',
+                             torch.tensor(0, device=device))
+        self.batch_statistics = BatchStatistics()
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Forget the estimates: mean 0, variance 1."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Forget everything: unit scales, zero shifts, no estimates."""
+        if not hasattr(self, 'batch_weight'):
+            return  # GroupNorm's constructor, which has nothing to reset
+        for weight in (self.weight, self.batch_weight):
+            nn.init.ones_(weight)
+        for bias in (self.bias, self.batch_bias):
+            nn.init.zeros_(bias)
+        self.reset_running_stats()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        mean, var = moments(x)
+        tracking = self.training and self.batch_statistics.training
+        coefficients = partial(
+            batch_channel_coefficients, **self._estimates(mean.dtype))
+        if tracking and x.numel():
+            if not in_backward():
+                self._update(mean, var, x[:, 0].numel())
+            if self.estimate:
+                coefficients = partial(
+                    batch_channel_coefficients, **self._estimates(mean.dtype))
+            else:
+                coefficients = large_batch_channel_coefficients
+        return normalize(
+            x, mean, var,
+            partial(coefficients, num_groups=self.num_groups, eps=self.eps),
+            self.batch_weight, self.batch_bias, self.weight, self.bias)
+
+    def _estimates(self, dtype: torch.dtype) -> dict:
+        # Copies: a layer that is shared between levels runs again, and
+        # updates the buffers, before this call's backward needs them.
+        return dict(
+            running_mean=self.running_mean.to(dtype, copy=True),
+            running_var=self.running_var.to(dtype, copy=True))
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Move the estimates towards a batch's moments."""
+        self.num_batches_tracked += 1
+        rate = self.momentum
+        if rate is None:
+            rate = self.num_batches_tracked.to(mean.dtype).reciprocal()
+        old = self._estimates(mean.dtype)
+        if self.estimate:  # squares about the old mean, as the authors do
+            batch = batch_statistics(mean, var, old['running_mean'])
+        else:  # the unbiased variance, as torch does
+            batch_mean, batch_var = batch_statistics(mean, var)
+            batch = batch_mean, batch_var * (count / max(count - 1, 1))
+        new_mean, new_var = updated_estimates(**old, mean=batch[0],
+                                              var=batch[1], rate=rate)
+        self.running_mean.copy_(new_mean)
+        self.running_var.copy_(new_var)
+
+    def extra_repr(self) -> str:
+        return (f'{self.num_features}, num_groups={self.num_groups}, '
+                f'eps={self.eps}, momentum={self.momentum}, '
+                f'estimate={self.estimate}, '
+                f'channel_affine={self.channel_affine!r}')
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        self._translate(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _translate(self, state_dict, prefix: str) -> None:
+        """Rewrite the keys of another normalization's checkpoint in place."""
+        own = {k: prefix + k for k in self.state_dict()}
+        found = {k for k, key in own.items() if key in state_dict}
+        if f'{prefix}bn.running_mean' in state_dict:  # the authors' BCN
+            for old, new in (('weight', 'batch_weight'),
+                             ('bias', 'batch_bias'),
+                             ('running_mean', 'running_mean'),
+                             ('running_var', 'running_var'),
+                             ('num_batches_tracked', 'num_batches_tracked')):
+                old = f'{prefix}bn.{old}'
+                if old in state_dict:
+                    state_dict[own[new]] = state_dict.pop(old)
+            # The update rate is the optimizer's business, not the function's.
+            state_dict.pop(f'{prefix}bn.estbn_moving_speed', None)
+            for name in ('weight', 'bias'):
+                state_dict[own[name]] = state_dict[own[name]].flatten()
+        elif 'weight' not in found or 'batch_weight' in found:
+            return
+        elif 'running_mean' in found:  # BN: its affine is the batch part's
+            for name in ('weight', 'bias'):
+                state_dict[own[f'batch_{name}']] = state_dict.pop(own[name])
+            state_dict[own['weight']] = torch.ones_like(self.weight)
+            state_dict[own['bias']] = torch.zeros_like(self.bias)
+        else:  # GN: a batch part that leaves its input as it is
+            state_dict[own['batch_weight']] = torch.ones_like(
+                self.batch_weight)
+            state_dict[own['batch_bias']] = torch.zeros_like(self.batch_bias)
+            state_dict[own['running_mean']] = torch.zeros_like(
+                self.running_mean)
+            state_dict[own['running_var']] = torch.full_like(
+                self.running_var, 1 - self.eps)
+        state_dict.setdefault(own['num_batches_tracked'],
+                              torch.zeros_like(self.num_batches_tracked))
