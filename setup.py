@@ -43,8 +43,10 @@ class BuildWithMim(build_py):
                 os.symlink(osp.relpath(source, folder), target)
             elif osp.isdir(source):
                 shutil.copytree(
-                    source, target,
-                    ignore=shutil.ignore_patterns('__pycache__'))
+                    source,
+                    target,
+                    ignore=shutil.ignore_patterns('__pycache__'),
+                )
             else:
                 shutil.copy(source, target)
 
@@ -68,21 +70,44 @@ setup(
     install_requires=['rich'],
     extras_require={
         'openmmlab': [
-            'torch', 'torchvision', 'mmengine>=0.10.0', 'mmcv>=2.0.0,<2.2.0',
-            'mmdet>=3.0.0', 'mmsegmentation>=1.0.0', 'mmpretrain>=1.0.0',
-            'ftfy', 'regex', 'setuptools<80'
+            'torch',
+            'torchvision',
+            'mmengine>=0.10.0',
+            'mmcv>=2.0.0,<2.2.0',
+            'mmdet>=3.0.0',
+            'mmsegmentation>=1.0.0',
+            'mmpretrain>=1.0.0',
+            'ftfy',
+            'regex',
+            'setuptools<80',
         ],
         'onedl': [
-            'torch', 'torchvision', 'onedl-mmengine', 'onedl-mmcv',
-            'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain',
-            'ftfy', 'regex', 'setuptools<80'
+            'torch',
+            'torchvision',
+            'onedl-mmengine',
+            'onedl-mmcv',
+            'onedl-mmdetection',
+            'onedl-mmsegmentation',
+            'onedl-mmpretrain',
+            'ftfy',
+            'regex',
+            'setuptools<80',
         ],
         'digits': ['scikit-learn'],
         'plots': ['matplotlib'],
         'deploy': ['onnx', 'onnxruntime', 'onnxscript'],
         'tests': [
-            'pytest', 'pytest-timeout', 'hypothesis', 'ruff', 'timm',
-            'tensorboard', 'scikit-learn', 'onnx', 'onnxruntime', 'onnxscript'
+            'pytest',
+            'pytest-timeout',
+            'hypothesis',
+            'ruff',
+            'timm',
+            'tensorboard',
+            'scikit-learn',
+            'onnx',
+            'onnxruntime',
+            'onnxscript',
         ],
     },
-    zip_safe=False)
+    zip_safe=False,
+)

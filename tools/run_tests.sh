@@ -12,4 +12,5 @@ onedl) python=${VENV:-.venv-onedl}/bin/python ;;
 *) python=${VENV:-.venv}/bin/python ;;
 esac
 "$python" -m ruff check .
+"$python" -m ruff format --check .
 exec "$python" -m pytest "$@"

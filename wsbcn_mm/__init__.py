@@ -9,5 +9,10 @@ from . import functional  # noqa: E402
 from .layers import BCN, ConvWS, ConvWS1d, ConvWS3d  # noqa: E402
 
 __all__ = [
-    'BCN', 'ConvWS', 'ConvWS1d', 'ConvWS3d', '__version__', 'functional'
+    'BCN',
+    'ConvWS',
+    'ConvWS1d',
+    'ConvWS3d',
+    '__version__',
+    'functional',
 ]

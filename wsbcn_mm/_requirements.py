@@ -16,17 +16,23 @@ def _release(version: str) -> tuple:
 
 def check_requirements() -> None:
     """Raise ImportError if a required package is missing or too old."""
-    advice = ("Install one of the two stacks first: 'bash tools/setup_env.sh' "
-              "in a checkout of wsbcn_mm makes an environment, or install "
-              'torch, mmengine and mmcv (with its ops) as their pages say.')
+    advice = (
+        "Install one of the two stacks first: 'bash tools/setup_env.sh' "
+        'in a checkout of wsbcn_mm makes an environment, or install '
+        'torch, mmengine and mmcv (with its ops) as their pages say.'
+    )
     for name, minimum in MINIMUM.items():
         try:
             version = importlib.import_module(name).__version__
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
-            raise ImportError(f'wsbcn_mm needs {name} >= {minimum}, which is '
-                              f'not installed. {advice}') from None
+            raise ImportError(
+                f'wsbcn_mm needs {name} >= {minimum}, which is '
+                f'not installed. {advice}'
+            ) from None
         if _release(version) < _release(minimum):
-            raise ImportError(f'wsbcn_mm needs {name} >= {minimum}, but '
-                              f'{name} {version} is installed. {advice}')
+            raise ImportError(
+                f'wsbcn_mm needs {name} >= {minimum}, but '
+                f'{name} {version} is installed. {advice}'
+            )

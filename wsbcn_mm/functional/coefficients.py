@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 
-def group_coefficients(mean: Tensor, var: Tensor, weight: Tensor,
-                       bias: Tensor, *, num_groups: int,
-                       eps: float) -> Tuple[Tensor, Tensor]:
+def group_coefficients(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int,
+    eps: float,
+) -> Tuple[Tensor, Tensor]:
     r"""Group Normalization.
 
     The mean and the variance of a group follow from those of its channels:
@@ -38,12 +44,19 @@ def group_coefficients(mean: Tensor, var: Tensor, weight: Tensor,
     return scale.expand_as(centered).flatten(1), shift.flatten(1)
 
 
-def batch_channel_coefficients(mean: Tensor, var: Tensor,
-                               batch_weight: Tensor, batch_bias: Tensor,
-                               weight: Tensor, bias: Tensor, *,
-                               running_mean: Tensor, running_var: Tensor,
-                               num_groups: int,
-                               eps: float) -> Tuple[Tensor, Tensor]:
+def batch_channel_coefficients(
+    mean: Tensor,
+    var: Tensor,
+    batch_weight: Tensor,
+    batch_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_groups: int,
+    eps: float,
+) -> Tuple[Tensor, Tensor]:
     r"""Batch-Channel Normalization with given batch statistics.
 
     The first affine, :math:`a x + b` with :math:`a = \gamma_b / \sqrt{\sigma^2
@@ -65,13 +78,14 @@ def batch_channel_coefficients(mean: Tensor, var: Tensor,
         weight,
         bias,
         num_groups=num_groups,
-        eps=eps)
+        eps=eps,
+    )
     return scale * batch_scale, shift
 
 
-def large_batch_channel_coefficients(mean: Tensor, var: Tensor,
-                                     *parameters: Tensor, num_groups: int,
-                                     eps: float) -> Tuple[Tensor, Tensor]:
+def large_batch_channel_coefficients(
+    mean: Tensor, var: Tensor, *parameters: Tensor, num_groups: int, eps: float
+) -> Tuple[Tensor, Tensor]:
     """Batch-Channel Normalization with the batch's own statistics.
 
     Gradients flow through :func:`batch_statistics`.
@@ -84,12 +98,13 @@ def large_batch_channel_coefficients(mean: Tensor, var: Tensor,
         running_mean=batch_mean,
         running_var=batch_var,
         num_groups=num_groups,
-        eps=eps)
+        eps=eps,
+    )
 
 
-def batch_statistics(mean: Tensor, var: Tensor,
-                     center: Optional[Tensor] = None
-                     ) -> Tuple[Tensor, Tensor]:
+def batch_statistics(
+    mean: Tensor, var: Tensor, center: Optional[Tensor] = None
+) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel over samples and positions.
 
     Args:
@@ -102,8 +117,9 @@ def batch_statistics(mean: Tensor, var: Tensor,
     return batch_mean, (var + (mean - center).square()).mean(0)
 
 
-def updated_estimates(running_mean: Tensor, running_var: Tensor, mean: Tensor,
-                      var: Tensor, rate) -> Tuple[Tensor, Tensor]:
+def updated_estimates(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, rate
+) -> Tuple[Tensor, Tensor]:
     r"""Move estimates by a share ``rate`` towards a batch's statistics.
 
     .. math::
@@ -121,5 +137,7 @@ def updated_estimates(running_mean: Tensor, running_var: Tensor, mean: Tensor,
     new_mean = torch.lerp(running_mean, mean, rate)
     new_var = torch.lerp(running_var, var, rate)
     good = new_mean.isfinite() & new_var.isfinite()
-    return (torch.where(good, new_mean, running_mean),
-            torch.where(good, new_var, running_var))
+    return (
+        torch.where(good, new_mean, running_mean),
+        torch.where(good, new_var, running_var),
+    )

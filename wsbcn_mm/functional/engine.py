@@ -47,8 +47,13 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return kernels.select(x).moments(x.detach())
 
 
-def normalize(x: Tensor, mean: Tensor, var: Tensor,
-              coefficients: Coefficients, *parameters: Tensor) -> Tensor:
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    coefficients: Coefficients,
+    *parameters: Tensor,
+) -> Tensor:
     r"""Normalize with coefficients that are functions of the moments.
 
     .. math::
@@ -79,15 +84,17 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor,
     if torch.compiler.is_compiling():
         # The compiler fuses the definition itself.
         return _definition(x, coefficients, *parameters)
-    if torch.is_grad_enabled() and any(t.requires_grad
-                                       for t in (x, *parameters)):
+    if torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, *parameters)
+    ):
         return _Normalize.apply(x, mean, var, coefficients, *parameters)
     scale, shift = coefficients(mean, var, *parameters)
     return kernels.select(x).affine(x, mean, scale, shift)
 
 
-def _definition(x: Tensor, coefficients: Coefficients,
-                *parameters: Tensor) -> Tensor:
+def _definition(
+    x: Tensor, coefficients: Coefficients, *parameters: Tensor
+) -> Tensor:
     mean, var = kernels.plain.moments(x)
     scale, shift = coefficients(mean, var, *parameters)
     return kernels.plain.affine(x, mean, scale, shift)
@@ -107,16 +114,18 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, *parameters)
         ctx.coefficients = coefficients
         ctx.small, ctx.scale, ctx.shift = small, scale, shift
-        return kernels.select(x).affine(x, small[0].detach(), scale.detach(),
-                                        shift.detach())
+        return kernels.select(x).affine(
+            x, small[0].detach(), scale.detach(), shift.detach()
+        )
 
     @staticmethod
     def backward(ctx, grad):
         x, *parameters = ctx.saved_tensors
         wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
-            return _Normalize._differentiable_backward(ctx, grad, x,
-                                                       parameters, wanted)
+            return _Normalize._differentiable_backward(
+                ctx, grad, x, parameters, wanted
+            )
         kernel = kernels.select(x)
         mean, var = ctx.small[:2]
         center, scale = mean.detach(), ctx.scale.detach()
@@ -128,7 +137,9 @@ class _Normalize(torch.autograd.Function):
                     [t for t in ctx.small if t.requires_grad],
                     (grad_scale, grad_shift),
                     retain_graph=True,
-                    allow_unused=True))
+                    allow_unused=True,
+                )
+            )
         grad_mean, grad_var, *grad_parameters = [
             next(grads) if t.requires_grad else None for t in ctx.small
         ]
@@ -141,9 +152,12 @@ class _Normalize(torch.autograd.Function):
                 offset = offset + grad_mean
             slope = (
                 torch.zeros_like(scale)
-                if grad_var is None else grad_var * (2 / length))
-            grad_x = kernel.input_grad(grad, x, center, scale, slope,
-                                       offset / length)
+                if grad_var is None
+                else grad_var * (2 / length)
+            )
+            grad_x = kernel.input_grad(
+                grad, x, center, scale, slope, offset / length
+            )
         return grad_x, None, None, None, *grad_parameters
 
     @staticmethod
@@ -153,6 +167,8 @@ class _Normalize(torch.autograd.Function):
             inputs = [t for t, w in zip((x, *parameters), wanted) if w]
             grads = iter(
                 torch.autograd.grad(
-                    y, inputs, grad, create_graph=True, allow_unused=True))
+                    y, inputs, grad, create_graph=True, allow_unused=True
+                )
+            )
         grad_x, *grad_parameters = [next(grads) if w else None for w in wanted]
         return grad_x, None, None, None, *grad_parameters

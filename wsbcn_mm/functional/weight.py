@@ -38,7 +38,8 @@ def _moments(weight: Tensor):
     flat = flat if flat.dtype == torch.float64 else flat.float()
     centered = flat - flat.mean(1, keepdim=True)
     return centered, centered.square().sum(1, keepdim=True) / (
-        flat.shape[1] - 1)
+        flat.shape[1] - 1
+    )
 
 
 def _definition(weight: Tensor, eps: float) -> Tensor:
@@ -50,7 +51,6 @@ def _definition(weight: Tensor, eps: float) -> Tensor:
 
 
 class _StandardizeWeight(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, weight, eps):
         ctx.save_for_backward(weight)
@@ -59,18 +59,21 @@ class _StandardizeWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        weight, = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
             return torch.autograd.grad(
-                _definition(weight, ctx.eps), weight, grad,
-                create_graph=True)[0], None
+                _definition(weight, ctx.eps), weight, grad, create_graph=True
+            )[0], None
         centered, var = _moments(weight)
         std = var.sqrt()
         inverse = 1 / (std + ctx.eps)
         g = grad.flatten(1).to(centered.dtype) * inverse
         # d std = <centered, d centered> / (std * (fan_in - 1))
-        slope = (g * centered).sum(1, keepdim=True) * inverse / (
-            std * (centered.shape[1] - 1))
+        slope = (
+            (g * centered).sum(1, keepdim=True)
+            * inverse
+            / (std * (centered.shape[1] - 1))
+        )
         slope = torch.where(var > 0, slope, 0)
         g = g - g.mean(1, keepdim=True) - slope * centered
         return g.view_as(weight).to(weight.dtype), None

@@ -5,11 +5,21 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..functional import (batch_channel_coefficients, batch_statistics,
-                          large_batch_channel_coefficients, moments,
-                          normalize, updated_estimates)
-from ._base import (NormBase, check_count, check_momentum, in_backward,
-                    largest_divisor)
+from ..functional import (
+    batch_channel_coefficients,
+    batch_statistics,
+    large_batch_channel_coefficients,
+    moments,
+    normalize,
+    updated_estimates,
+)
+from ._base import (
+    NormBase,
+    check_count,
+    check_momentum,
+    in_backward,
+    largest_divisor,
+)
 from .batch_statistics import BatchStatistics
 
 
@@ -79,26 +89,33 @@ class BCN(NormBase):
 
     _abbr_ = 'bcn'
 
-    def __init__(self,
-                 num_features: int,
-                 num_groups: int = 32,
-                 eps: float = 1e-5,
-                 momentum: Optional[float] = 0.01,
-                 estimate: bool = True,
-                 channel_affine: str = 'group',
-                 device=None,
-                 dtype=None):
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.01,
+        estimate: bool = True,
+        channel_affine: str = 'group',
+        device=None,
+        dtype=None,
+    ):
         name = type(self).__name__
         num_features = check_count(name, 'num_features', num_features)
         num_groups = check_count(name, 'num_groups', num_groups)
         if channel_affine not in ('group', 'channel'):
-            raise ValueError(f"{name}: channel_affine must be 'group' or "
-                             f"'channel', got {channel_affine!r}")
+            raise ValueError(
+                f"{name}: channel_affine must be 'group' or "
+                f"'channel', got {channel_affine!r}"
+            )
         if not isinstance(estimate, bool):
-            raise TypeError(f'{name}: estimate must be True or False, got '
-                            f'{estimate!r} ({type(estimate).__name__})')
-        super().__init__(num_features,
-                         largest_divisor(num_features, num_groups), eps)
+            raise TypeError(
+                f'{name}: estimate must be True or False, got '
+                f'{estimate!r} ({type(estimate).__name__})'
+            )
+        super().__init__(
+            num_features, largest_divisor(num_features, num_groups), eps
+        )
         self.momentum = check_momentum(name, momentum)
         self.estimate = estimate
         self.channel_affine = channel_affine
@@ -108,12 +125,15 @@ class BCN(NormBase):
         self.bias = nn.Parameter(torch.empty(pairs, **factory))
         self.batch_weight = nn.Parameter(torch.empty(num_features, **factory))
         self.batch_bias = nn.Parameter(torch.empty(num_features, **factory))
-        self.register_buffer('running_mean',
-                             torch.empty(num_features, **factory))
-        self.register_buffer('running_var',
-                             torch.empty(num_features, **factory))
-        self.register_buffer('num_batches_tracked',
-                             torch.tensor(0, device=device))
+        self.register_buffer(
+            'running_mean', torch.empty(num_features, **factory)
+        )
+        self.register_buffer(
+            'running_var', torch.empty(num_features, **factory)
+        )
+        self.register_buffer(
+            'num_batches_tracked', torch.tensor(0, device=device)
+        )
         self.batch_statistics = BatchStatistics()
         self.reset_parameters()
 
@@ -138,26 +158,35 @@ class BCN(NormBase):
         mean, var = moments(x)
         tracking = self.training and self.batch_statistics.training
         coefficients = partial(
-            batch_channel_coefficients, **self._estimates(mean.dtype))
+            batch_channel_coefficients, **self._estimates(mean.dtype)
+        )
         if tracking and x.numel():
             if not in_backward():
                 self._update(mean, var, x[:, 0].numel())
             if self.estimate:
                 coefficients = partial(
-                    batch_channel_coefficients, **self._estimates(mean.dtype))
+                    batch_channel_coefficients, **self._estimates(mean.dtype)
+                )
             else:
                 coefficients = large_batch_channel_coefficients
         return normalize(
-            x, mean, var,
+            x,
+            mean,
+            var,
             partial(coefficients, num_groups=self.num_groups, eps=self.eps),
-            self.batch_weight, self.batch_bias, self.weight, self.bias)
+            self.batch_weight,
+            self.batch_bias,
+            self.weight,
+            self.bias,
+        )
 
     def _estimates(self, dtype: torch.dtype) -> dict:
         # Copies: a layer that is shared between levels runs again, and
         # updates the buffers, before this call's backward needs them.
         return dict(
             running_mean=self.running_mean.to(dtype, copy=True),
-            running_var=self.running_var.to(dtype, copy=True))
+            running_var=self.running_var.to(dtype, copy=True),
+        )
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, count: int) -> None:
@@ -172,16 +201,19 @@ class BCN(NormBase):
         else:  # the unbiased variance, as torch does
             batch_mean, batch_var = batch_statistics(mean, var)
             batch = batch_mean, batch_var * (count / max(count - 1, 1))
-        new_mean, new_var = updated_estimates(**old, mean=batch[0],
-                                              var=batch[1], rate=rate)
+        new_mean, new_var = updated_estimates(
+            **old, mean=batch[0], var=batch[1], rate=rate
+        )
         self.running_mean.copy_(new_mean)
         self.running_var.copy_(new_var)
 
     def extra_repr(self) -> str:
-        return (f'{self.num_features}, num_groups={self.num_groups}, '
-                f'eps={self.eps}, momentum={self.momentum}, '
-                f'estimate={self.estimate}, '
-                f'channel_affine={self.channel_affine!r}')
+        return (
+            f'{self.num_features}, num_groups={self.num_groups}, '
+            f'eps={self.eps}, momentum={self.momentum}, '
+            f'estimate={self.estimate}, '
+            f'channel_affine={self.channel_affine!r}'
+        )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         self._translate(state_dict, prefix)
@@ -192,11 +224,13 @@ class BCN(NormBase):
         own = {k: prefix + k for k in self.state_dict()}
         found = {k for k, key in own.items() if key in state_dict}
         if f'{prefix}bn.running_mean' in state_dict:  # the authors' BCN
-            for old, new in (('weight', 'batch_weight'),
-                             ('bias', 'batch_bias'),
-                             ('running_mean', 'running_mean'),
-                             ('running_var', 'running_var'),
-                             ('num_batches_tracked', 'num_batches_tracked')):
+            for old, new in (
+                ('weight', 'batch_weight'),
+                ('bias', 'batch_bias'),
+                ('running_mean', 'running_mean'),
+                ('running_var', 'running_var'),
+                ('num_batches_tracked', 'num_batches_tracked'),
+            ):
                 old = f'{prefix}bn.{old}'
                 if old in state_dict:
                     state_dict[own[new]] = state_dict.pop(old)
@@ -213,11 +247,16 @@ class BCN(NormBase):
             state_dict[own['bias']] = torch.zeros_like(self.bias)
         else:  # GN: a batch part that leaves its input as it is
             state_dict[own['batch_weight']] = torch.ones_like(
-                self.batch_weight)
+                self.batch_weight
+            )
             state_dict[own['batch_bias']] = torch.zeros_like(self.batch_bias)
             state_dict[own['running_mean']] = torch.zeros_like(
-                self.running_mean)
+                self.running_mean
+            )
             state_dict[own['running_var']] = torch.full_like(
-                self.running_var, 1 - self.eps)
-        state_dict.setdefault(own['num_batches_tracked'],
-                              torch.zeros_like(self.num_batches_tracked))
+                self.running_var, 1 - self.eps
+            )
+        state_dict.setdefault(
+            own['num_batches_tracked'],
+            torch.zeros_like(self.num_batches_tracked),
+        )

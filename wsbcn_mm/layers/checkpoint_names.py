@@ -26,24 +26,27 @@ class CheckpointNames:
 def _rename(parent, state_dict, prefix, *args) -> None:
     """Rename ``bn1.*`` and the like to what ``parent`` calls it."""
     for name, child in parent._modules.items():
-        if not (isinstance(child, CheckpointNames)
-                and name.startswith(child._abbr_)):
+        if not (
+            isinstance(child, CheckpointNames)
+            and name.startswith(child._abbr_)
+        ):
             continue
         new = f'{prefix}{name}.'
         if any(key.startswith(new) for key in state_dict):
             continue
-        suffix = name[len(child._abbr_):]
+        suffix = name[len(child._abbr_) :]
         for abbr in child.checkpoint_abbrs:
             if abbr + suffix in parent._modules:
                 continue
             old = f'{prefix}{abbr}{suffix}.'
             for key in [k for k in state_dict if k.startswith(old)]:
-                state_dict[new + key[len(old):]] = state_dict.pop(key)
+                state_dict[new + key[len(old) :]] = state_dict.pop(key)
 
 
 def _on_registration(parent: nn.Module, name: str, child) -> None:
-    if (isinstance(child, CheckpointNames)
-            and not getattr(parent, '_renames_norms', False)):
+    if isinstance(child, CheckpointNames) and not getattr(
+        parent, '_renames_norms', False
+    ):
         parent._renames_norms = True
         parent.register_load_state_dict_pre_hook(_rename)
 

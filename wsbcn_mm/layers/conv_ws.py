@@ -19,11 +19,13 @@ class _WeightStandardization:
                 f'{name}: a filter of one weight has no standard deviation; '
                 f'got in_channels={self.in_channels}, groups={self.groups}, '
                 f'kernel_size={self.kernel_size}. Use a plain convolution '
-                'here.')
+                'here.'
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, standardize_weight(self.weight, self.eps),
-                                  self.bias)
+        return self._conv_forward(
+            x, standardize_weight(self.weight, self.eps), self.bias
+        )
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, eps={self.eps}'

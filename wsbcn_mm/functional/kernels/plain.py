@@ -39,9 +39,16 @@ def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
     return grad.sum(_spatial(x)), (grad * centered).sum(_spatial(x))
 
 
-def input_grad(grad: Tensor, x: Tensor, center: Tensor, scale: Tensor,
-               slope: Tensor, offset: Tensor) -> Tensor:
-    result = torch.addcmul(_expand(offset, x), _statistics(grad),
-                           _expand(scale, x))
+def input_grad(
+    grad: Tensor,
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+) -> Tensor:
+    result = torch.addcmul(
+        _expand(offset, x), _statistics(grad), _expand(scale, x)
+    )
     centered = _statistics(x) - _expand(center, x)
     return torch.addcmul(result, centered, _expand(slope, x)).to(x.dtype)
