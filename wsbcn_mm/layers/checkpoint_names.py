@@ -44,10 +44,12 @@ def _rename(parent, state_dict, prefix, *args) -> None:
 
 
 def _on_registration(parent: nn.Module, name: str, child) -> None:
-    if isinstance(child, CheckpointNames) and not getattr(
-        parent, '_renames_norms', False
+    # Looked up in __dict__: wrappers forward attributes they do not have yet.
+    if (
+        isinstance(child, CheckpointNames)
+        and '_renames_norms' not in parent.__dict__
     ):
-        parent._renames_norms = True
+        parent.__dict__['_renames_norms'] = True
         parent.register_load_state_dict_pre_hook(_rename)
 
 

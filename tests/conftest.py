@@ -1,0 +1,45 @@
+"""What the tests share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+class Vectors:
+    """Float64 inputs, outputs and gradients of the authors' released code.
+
+    Args:
+        name (str): A file in tests/data, without its suffix.
+        case (str): The prefix of its entries.
+    """
+
+    def __init__(self, name: str, case: str):
+        self._file = np.load(Path(__file__).parent / 'data' / f'{name}.npz')
+        self._case = case
+
+    def __contains__(self, key: str) -> bool:
+        return f'{self._case}_{key}' in self._file.files
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(self._file[f'{self._case}_{key}']))
+
+    def number(self, key: str, default=None):
+        return self[key].item() if key in self else default
+
+    def steps(self):
+        step = 0
+        while f'step{step}_x' in self:
+            yield f'step{step}_'
+            step += 1
+
+
+@pytest.fixture
+def vectors():
+    return Vectors
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
