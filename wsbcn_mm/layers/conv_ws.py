@@ -42,9 +42,8 @@ class ConvWS(_WeightStandardization, nn.Conv2d):
 
     with the unbiased standard deviation over the fan-in of output channel o,
     in float32 for half precision. The same numbers as mmcv's ``ConvWS``,
-    which it replaces in the registry; a constant filter, whose gradient is
-    NaN there, is safe here. Follow it with a normalization: its output has
-    no scale of its own.
+    which it replaces in the registry. Follow it with a normalization: its
+    output has no scale of its own.
 
     From `Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization <https://arxiv.org/abs/1903.10520>`_.

@@ -1,0 +1,96 @@
+"""A wheel must carry all that a checkout has, and imports must explain."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    # A copy, since a build leaves its traces in the source folder.
+    folder = tmp_path_factory.mktemp('wheel')
+    source = folder / 'source'
+    files = subprocess.run(
+        ['git', 'ls-files', '-co', '--exclude-standard'],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps']
+        + ['--no-build-isolation', '-w', str(folder), str(source)],
+        check=True,
+    )
+    (path,) = folder.glob('*.whl')
+    return path
+
+
+def test_a_wheel_works_outside_the_checkout(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / 'site')
+    code = """
+from pathlib import Path
+import wsbcn_mm
+from mmengine.config import Config
+assert Path(wsbcn_mm.__file__).parts[-3] == 'site', wsbcn_mm.__file__
+mim = Path(wsbcn_mm.__file__).parent / '.mim'
+assert (mim / 'tools' / 'train.py').is_file()
+assert (mim / 'model-index.yml').is_file()
+configs = [p for p in (mim / 'configs').glob('mask_rcnn/*.py')]
+assert len(configs) > 10
+Path('mine.py').write_text(
+    f"_base_ = 'wsbcn_mm::mask_rcnn/{configs[0].name}'")
+assert Config.fromfile('mine.py').model.type == 'MaskRCNN'
+"""
+    subprocess.run(
+        [sys.executable, '-c', code],
+        check=True,
+        cwd=tmp_path,
+        env={'PYTHONPATH': str(tmp_path / 'site'), 'PATH': '/usr/bin:/bin'},
+    )
+
+
+def test_a_wheel_depends_on_neither_stack(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith('METADATA'))
+        metadata = archive.read(name).decode()
+    required = [
+        line
+        for line in metadata.splitlines()
+        if line.startswith('Requires-Dist') and 'extra ==' not in line
+    ]
+    assert required == ['Requires-Dist: rich']
+
+
+@pytest.mark.parametrize('name', ['torch', 'mmengine', 'mmcv'])
+@pytest.mark.parametrize('version', [None, '0.1'])
+def test_a_missing_or_old_requirement_is_named(name, version, monkeypatch):
+    from wsbcn_mm import _requirements
+
+    real = _requirements.importlib.import_module
+
+    def import_module(wanted):
+        if wanted == name and version is None:
+            raise ModuleNotFoundError(f'No module named {name}', name=name)
+        module = real(wanted)
+        if wanted == name:
+            module = type('module', (), {'__version__': version})
+        return module
+
+    monkeypatch.setattr(
+        _requirements.importlib, 'import_module', import_module
+    )
+    with pytest.raises(ImportError) as info:
+        _requirements.check_requirements()
+    for word in (name, version or 'not installed', 'setup_env.sh'):
+        assert word in str(info.value)
