@@ -22,10 +22,29 @@ class _WeightStandardization:
                 'here.'
             )
 
+    def standardized_weight(self) -> Tensor:
+        """The weight that the convolution is done with."""
+        return standardize_weight(self.weight, self.eps)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(
-            x, standardize_weight(self.weight, self.eps), self.bias
-        )
+        return self._conv_forward(x, self.standardized_weight(), self.bias)
+
+    def register_parameter(self, name: str, param) -> None:
+        # fuse_conv_bn gives the convolution a bias, and a scale that
+        # standardization would take out again: wrong outputs.
+        if (
+            name == 'bias'
+            and param is not None
+            and 'bias' in self._parameters
+            and self.bias is None
+        ):
+            raise RuntimeError(
+                f'{type(self).__name__}: a normalization is being fused into '
+                'the raw weight of this convolution, which standardizes its '
+                'weight: the outputs would be wrong. Load the model again and '
+                'use wsbcn_mm.fold_for_inference(model) instead.'
+            )
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, eps={self.eps}'
