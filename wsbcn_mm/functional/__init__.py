@@ -2,20 +2,26 @@
 
 from .coefficients import (
     batch_channel_coefficients,
+    batch_group_coefficients,
     batch_statistics,
     group_coefficients,
+    group_statistics,
     large_batch_channel_coefficients,
     updated_estimates,
 )
 from .engine import moments, normalize
+from .mabn import moving_average_coefficients
 from .weight import standardize_weight
 
 __all__ = [
     'batch_channel_coefficients',
+    'batch_group_coefficients',
     'batch_statistics',
     'group_coefficients',
+    'group_statistics',
     'large_batch_channel_coefficients',
     'moments',
+    'moving_average_coefficients',
     'normalize',
     'standardize_weight',
     'updated_estimates',

@@ -4,10 +4,12 @@ Each takes the moments ``mean`` and ``var``, shape (N, C), first and returns
 ``scale`` and ``shift`` for ``(x - mean) * scale + shift``.
 """
 
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
+
+Statistics = Callable[[Tensor, Tensor], Tuple[Tensor, Tensor]]
 
 
 def group_coefficients(
@@ -84,13 +86,19 @@ def batch_channel_coefficients(
 
 
 def large_batch_channel_coefficients(
-    mean: Tensor, var: Tensor, *parameters: Tensor, num_groups: int, eps: float
+    mean: Tensor,
+    var: Tensor,
+    *parameters: Tensor,
+    num_groups: int,
+    eps: float,
+    statistics: Optional[Statistics] = None,
 ) -> Tuple[Tensor, Tensor]:
     """Batch-Channel Normalization with the batch's own statistics.
 
-    Gradients flow through :func:`batch_statistics`.
+    Gradients flow through ``statistics``, by default
+    :func:`batch_statistics`.
     """
-    batch_mean, batch_var = batch_statistics(mean, var)
+    batch_mean, batch_var = (statistics or batch_statistics)(mean, var)
     return batch_channel_coefficients(
         mean,
         var,
@@ -102,8 +110,56 @@ def large_batch_channel_coefficients(
     )
 
 
+def batch_group_coefficients(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int,
+    eps: float,
+    statistics: Optional[Statistics] = None,
+) -> Tuple[Tensor, Tensor]:
+    """Batch Group Normalization, whose groups are over the batch as well.
+
+    Args:
+        mean, var (Tensor): Moments of the input.
+        weight, bias (Tensor): The affine, one pair per channel.
+        num_groups (int): Number of groups, a divisor of the channels.
+        eps (float): Added to the variance.
+        statistics (Callable | None): From moments to the batch's mean and
+            variance of each channel. Default: :func:`batch_statistics`
+    """
+    group_mean, group_var = group_statistics(
+        *(statistics or batch_statistics)(mean, var), num_groups=num_groups
+    )
+    scale = weight * _per_channel((group_var + eps).rsqrt(), mean)
+    shift = (mean - _per_channel(group_mean, mean)) * scale + bias
+    return scale.expand_as(mean), shift
+
+
+def _per_channel(group: Tensor, mean: Tensor) -> Tensor:
+    return group.repeat_interleave(mean.shape[1] // group.numel())
+
+
+def group_statistics(
+    mean: Tensor, var: Tensor, *, num_groups: int
+) -> Tuple[Tensor, Tensor]:
+    """Mean and biased variance of groups of channels.
+
+    Args:
+        mean, var (Tensor): Those of each channel, shape (C,).
+        num_groups (int): Number of groups, a divisor of the channels.
+    """
+    mean, var = (t.unflatten(0, (num_groups, -1)) for t in (mean, var))
+    return batch_statistics(mean.t(), var.t())
+
+
 def batch_statistics(
-    mean: Tensor, var: Tensor, center: Optional[Tensor] = None
+    mean: Tensor,
+    var: Tensor,
+    center: Optional[Tensor] = None,
+    share: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel over samples and positions.
 
@@ -111,10 +167,16 @@ def batch_statistics(
         mean, var (Tensor): Moments of the input, shape (N, C).
         center (Tensor | None): What the squares are taken about, shape (C,).
             Default: None, the mean itself.
+        share (Tensor | None): Of each sample in the batch, shape (N, 1).
+            Default: None, equal ones.
     """
-    batch_mean = mean.mean(0)
+
+    def average(values: Tensor) -> Tensor:
+        return values.mean(0) if share is None else (values * share).sum(0)
+
+    batch_mean = average(mean)
     center = batch_mean if center is None else center
-    return batch_mean, (var + (mean - center).square()).mean(0)
+    return batch_mean, average(var + (mean - center).square())
 
 
 def updated_estimates(

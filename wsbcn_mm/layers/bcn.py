@@ -7,11 +7,9 @@ from torch import Tensor, nn
 
 from ..functional import (
     batch_channel_coefficients,
-    batch_statistics,
     large_batch_channel_coefficients,
     moments,
     normalize,
-    updated_estimates,
 )
 from ._base import (
     NormBase,
@@ -20,11 +18,13 @@ from ._base import (
     in_backward,
     largest_divisor,
 )
+from .batch import Batch, batch_of
 from .batch_statistics import BatchStatistics
+from .running_statistics import RunningStatistics
 
 
 @MODELS.register_module(name='BCN', force=True)
-class BCN(NormBase):
+class BCN(RunningStatistics, NormBase):
     r"""Batch-Channel Normalization, for batches of any size down to one image.
 
     A channel is normalized first with batch statistics, then, together with
@@ -125,23 +125,9 @@ class BCN(NormBase):
         self.bias = nn.Parameter(torch.empty(pairs, **factory))
         self.batch_weight = nn.Parameter(torch.empty(num_features, **factory))
         self.batch_bias = nn.Parameter(torch.empty(num_features, **factory))
-        self.register_buffer(
-            'running_mean', torch.empty(num_features, **factory)
-        )
-        self.register_buffer(
-            'running_var', torch.empty(num_features, **factory)
-        )
-        self.register_buffer(
-            'num_batches_tracked', torch.tensor(0, device=device)
-        )
+        self._register_estimates(num_features, **factory)
         self.batch_statistics = BatchStatistics()
         self.reset_parameters()
-
-    def reset_running_stats(self) -> None:
-        """Forget the estimates: mean 0, variance 1."""
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
         """Forget everything: unit scales, zero shifts, no estimates."""
@@ -156,19 +142,21 @@ class BCN(NormBase):
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         mean, var = moments(x)
+        coefficients = None
         tracking = self.training and self.batch_statistics.training
-        coefficients = partial(
-            batch_channel_coefficients, **self._estimates(mean.dtype)
-        )
-        if tracking and x.numel():
-            if not in_backward():
-                self._update(mean, var, x[:, 0].numel())
-            if self.estimate:
+        if tracking and not (self.estimate and in_backward()):
+            batch = batch_of(self.batch_statistics, x, mean, var)
+            if batch and not in_backward():
+                self._update(batch, mean, var)
+            if batch and not self.estimate:
                 coefficients = partial(
-                    batch_channel_coefficients, **self._estimates(mean.dtype)
+                    large_batch_channel_coefficients,
+                    statistics=batch.statistics,
                 )
-            else:
-                coefficients = large_batch_channel_coefficients
+        if coefficients is None:
+            coefficients = partial(
+                batch_channel_coefficients, **self._estimates(mean.dtype)
+            )
         return normalize(
             x,
             mean,
@@ -180,32 +168,16 @@ class BCN(NormBase):
             self.bias,
         )
 
-    def _estimates(self, dtype: torch.dtype) -> dict:
-        # Copies: a layer that is shared between levels runs again, and
-        # updates the buffers, before this call's backward needs them.
-        return dict(
-            running_mean=self.running_mean.to(dtype, copy=True),
-            running_var=self.running_var.to(dtype, copy=True),
-        )
-
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def _update(self, batch: Batch, mean: Tensor, var: Tensor) -> None:
         """Move the estimates towards a batch's moments."""
-        self.num_batches_tracked += 1
-        rate = self.momentum
-        if rate is None:
-            rate = self.num_batches_tracked.to(mean.dtype).reciprocal()
-        old = self._estimates(mean.dtype)
         if self.estimate:  # squares about the old mean, as the authors do
-            batch = batch_statistics(mean, var, old['running_mean'])
+            old_mean = self.running_mean.to(mean.dtype)
+            new_mean, new_var = batch.statistics(mean, var, old_mean)
         else:  # the unbiased variance, as torch does
-            batch_mean, batch_var = batch_statistics(mean, var)
-            batch = batch_mean, batch_var * (count / max(count - 1, 1))
-        new_mean, new_var = updated_estimates(
-            **old, mean=batch[0], var=batch[1], rate=rate
-        )
-        self.running_mean.copy_(new_mean)
-        self.running_var.copy_(new_var)
+            new_mean, new_var = batch.statistics(mean, var)
+            new_var = new_var * batch.bessel
+        self._move_estimates(new_mean, new_var, batch.is_filled)
 
     def extra_repr(self) -> str:
         return (
