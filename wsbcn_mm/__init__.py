@@ -6,13 +6,29 @@ from .version import __version__
 check_requirements()
 
 from . import functional  # noqa: E402
-from .layers import BCN, ConvWS, ConvWS1d, ConvWS3d  # noqa: E402
+from .deploy import fold_for_inference  # noqa: E402
+from .engine import compat as _compat  # noqa: E402, F401
+from .layers import (  # noqa: E402
+    BCN,
+    BGN,
+    MABN,
+    ConvWS,
+    ConvWS1d,
+    ConvWS3d,
+    SyncBCN,
+)
 
 __all__ = [
     'BCN',
+    'BGN',
     'ConvWS',
     'ConvWS1d',
     'ConvWS3d',
+    'MABN',
+    'SyncBCN',
     '__version__',
+    'fold_for_inference',
     'functional',
+    'micro_batch_model',
+    'update_rate',
 ]

@@ -1,0 +1,199 @@
+import io
+import os
+import pickle
+import pickletools
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+from mmengine.utils import digit_version
+
+import wsbcn_mm  # noqa: F401
+
+refusing = pytest.mark.skipif(
+    digit_version(torch.__version__) < digit_version('2.6'),
+    reason='torch.load refuses nothing by default before 2.6',
+)
+
+
+def saved(content) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return file
+
+
+def reloaded(content):
+    return torch.load(saved(content), weights_only=True)
+
+
+class Call:
+    """Pickles as a call of ``function``, as an attacker's file would."""
+
+    def __init__(self, function, *args, state=None):
+        self.parts = (function, args, state)
+
+    def __reduce__(self):
+        function, args, state = self.parts
+        return (function, args) if state is None else self.parts
+
+
+def test_history_buffer_is_restored():
+    buffer = HistoryBuffer([1.0, 5.0], [1, 1])
+    again = reloaded({'loss': buffer})['loss']
+    assert type(again) is HistoryBuffer
+    assert type(again.data[0]) is np.ndarray
+    assert again.max_length == buffer.max_length
+    assert again.statistics('mean') == 3 and again.statistics('max') == 5
+    again.update(9.0)
+    assert again.statistics('current') == 9 and again.mean() == 5
+    HistoryBuffer().update(1.0)
+
+
+def test_empty_history_buffer_is_restored():
+    again = reloaded(HistoryBuffer())
+    again.update(2.0)
+    assert again.mean() == 2
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        np.float64(1.5),
+        np.int64(-3),
+        np.bool_(True),
+        np.float32(0.1),
+        np.arange(6).reshape(2, 3),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.arange(3, dtype='>i4'),
+        np.zeros((0, 4), 'f2'),
+        np.array(7),
+    ],
+    ids=repr,
+)
+def test_numbers_are_restored(value):
+    again = reloaded(value)
+    assert isinstance(again, type(value))
+    assert again.dtype == value.dtype.newbyteorder('=')
+    assert again.shape == value.shape
+    np.testing.assert_array_equal(again, value)
+
+
+def test_restored_arrays_do_not_tie_checkpoints_to_this_package():
+    again = reloaded({'a': np.arange(3), 'b': HistoryBuffer([1.0], [1])})
+    assert type(np.append(again['a'], 1)) is np.ndarray
+    with zipfile.ZipFile(saved(again)) as archive:
+        name = next(n for n in archive.namelist() if n.endswith('data.pkl'))
+        names = [
+            argument
+            for operation, argument, _ in pickletools.genops(
+                archive.read(name)
+            )
+            if operation.name == 'GLOBAL'
+        ]
+    assert not [n for n in names if 'wsbcn_mm' in n or 'compat' in n]
+
+
+@refusing
+@pytest.mark.parametrize(
+    'attack',
+    [
+        Call(os.system, 'exit 3'),
+        Call(eval, '1 + 1'),
+        Call(getattr, HistoryBuffer, '__init__'),
+        Call(getattr, HistoryBuffer, '__subclasses__'),
+        Call(getattr, HistoryBuffer.mean, '__globals__'),
+        Call(getattr, np.ndarray, 'tofile'),
+        np.array([Call(os.system, 'exit 3')], dtype=object),
+        np.array([None], dtype=object),
+        np.array(['text']),
+    ],
+    ids=[
+        'system',
+        'eval',
+        'getattr init',
+        'getattr subclasses',
+        'getattr globals',
+        'getattr tofile',
+        'array of calls',
+        'array of objects',
+        'array of text',
+    ],
+)
+def test_code_is_refused(attack):
+    with pytest.raises(pickle.UnpicklingError):
+        reloaded({'state_dict': {}, 'message_hub': attack})
+
+
+@refusing
+def test_bytes_do_not_become_pointers():
+    """What NumPy's own unpickling does with these crashes the process."""
+    state = (3, '|', None, None, None, -1, -1, 0)  # objects not declared
+    dtype = Call(np.dtype, 'O8', False, True, state=state)
+    reconstruct = np.arange(1).__reduce__()[0]
+    array = Call(
+        reconstruct,
+        np.ndarray,
+        (0,),
+        b'b',
+        state=(1, (1,), dtype, False, b'A' * 8),
+    )
+    with pytest.raises(pickle.UnpicklingError, match='numbers'):
+        reloaded(array)
+
+
+@refusing
+@pytest.mark.parametrize('shape', [(2**40,), (-1,), (3,)])
+def test_array_of_another_size_than_its_bytes_is_refused(shape):
+    reconstruct = np.arange(1).__reduce__()[0]
+    state = (1, shape, np.dtype('i8'), False, b'A' * 8)
+    with pytest.raises(pickle.UnpicklingError, match='bytes'):
+        reloaded(Call(reconstruct, np.ndarray, (0,), b'b', state=state))
+
+
+@refusing
+def test_history_buffer_cannot_replace_the_methods_of_others():
+    state = dict(
+        _log_history=np.ones(1),
+        _count_history=np.ones(1),
+        max_length=3,
+        statistics_methods={'mean': torch.Size},
+        mean=torch.Size,
+    )
+    buffer = Call(HistoryBuffer, state=state)
+    reloaded(buffer)
+    assert HistoryBuffer([4.0], [1]).statistics('mean') == 4
+
+
+@refusing
+def test_stock_mmengine_checkpoint_needs_the_compatibility():
+    """Else this module could go."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with pytest.raises(pickle.UnpicklingError):
+            reloaded(HistoryBuffer([1.0], [1]))
+    finally:
+        torch.serialization.add_safe_globals(allowed)
+
+
+def base_config(tmp_path, base: str) -> Config:
+    path = tmp_path / 'config.py'
+    path.write_text(f'_base_ = {base!r}\n')
+    return Config.fromfile(path)
+
+
+def test_configs_resolve_by_package_name(tmp_path):
+    """With or without an entry in a metafile."""
+    cfg = base_config(
+        tmp_path, 'wsbcn_mm::digits/mask-rcnn_r18-slim_fpn_bcn-ws_digits.py'
+    )
+    assert cfg.model.type == 'MaskRCNN'
+
+
+def test_missing_config_names_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no_such_config'):
+        base_config(tmp_path, 'wsbcn_mm::digits/no_such_config.py')

@@ -1,0 +1,149 @@
+"""What MMEngine 0.10 lacks to load its own checkpoints, and our configs.
+
+Since torch 2.6 ``torch.load`` builds only what is known to be harmless. The
+checkpoints that MMEngine writes hold more than tensors: ``HistoryBuffer`` (the
+curves in the log), NumPy arrays and scalars, and, as an accident of pickling,
+``getattr``. So testing, resuming and ``load_from`` fail on them.
+
+Switching the safety off, or declaring those names safe as they are, would let
+a checkpoint run code. ``getattr`` reaches anything. ``numpy.dtype`` with a
+crafted state makes an array take the file's bytes for pointers to objects. A
+crafted ``HistoryBuffer`` replaces the methods of all others. So each of those
+names gets a stand-in here that builds numbers, checks them, and refuses the
+rest.
+"""
+
+import math
+import re
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging import HistoryBuffer
+from mmengine.utils import digit_version
+
+
+class _Dtype:
+    """Stands in for ``numpy.dtype``: of numbers, in either byte order."""
+
+    def __init__(self, code, align=False, copy=False):
+        if not (isinstance(code, str) and re.fullmatch(r'[biufc]\d+', code)):
+            raise UnpicklingError(
+                'a NumPy array in a checkpoint must hold numbers, '
+                f'got {code!r}'
+            )
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        byte_order = state[1]
+        if byte_order not in ('|', '=', '<', '>'):
+            raise UnpicklingError(f'unknown byte order {byte_order!r}')
+        self.dtype = self.dtype.newbyteorder(byte_order)
+
+
+class _Array(np.ndarray):
+    """Stands in for ``numpy.ndarray``: a plain one in all but its origin."""
+
+    __array_priority__ = -1.0  # what is computed from it is plain
+
+    def __new__(cls):
+        return super().__new__(cls, (0,), np.int8)
+
+    def __setstate__(self, state):
+        version, shape, dtype, fortran, data = state
+        if not (
+            version == 1
+            and isinstance(dtype, _Dtype)
+            and isinstance(data, bytes)
+            and all(isinstance(size, int) and size >= 0 for size in shape)
+            and math.prod(shape) * dtype.dtype.itemsize == len(data)
+        ):
+            raise UnpicklingError(
+                'a NumPy array in a checkpoint must be the bytes of its '
+                f'numbers, got another state of shape {shape}'
+            )
+        super().__setstate__(
+            (1, tuple(shape), dtype.dtype, bool(fortran), data)
+        )
+
+    def __reduce__(self):  # a new checkpoint does not depend on this package
+        return np.asarray(self).__reduce__()
+
+
+def _reconstruct(array_type, shape, code):
+    """Stands in for the function that makes an array to be filled."""
+    if array_type is not _Array:
+        raise UnpicklingError(f'expected a NumPy array, got {array_type!r}')
+    return _Array()
+
+
+def _scalar(dtype, data):
+    """Stands in for the function that makes a NumPy number."""
+    if not (
+        isinstance(dtype, _Dtype)
+        and isinstance(data, bytes)
+        and len(data) == dtype.dtype.itemsize
+    ):
+        raise UnpicklingError(
+            'a NumPy scalar in a checkpoint must be the bytes of a number'
+        )
+    return np.frombuffer(data, dtype.dtype)[0]
+
+
+class _HistoryBuffer(HistoryBuffer):
+    """Stands in for ``HistoryBuffer``, and is one once it has been filled."""
+
+    def __setstate__(self, state):
+        values, counts = state['_log_history'], state['_count_history']
+        if not (isinstance(values, _Array) and isinstance(counts, _Array)):
+            raise UnpicklingError(
+                'a HistoryBuffer in a checkpoint must hold two arrays, got '
+                f'{type(values).__name__} and {type(counts).__name__}'
+            )
+        self.__class__ = HistoryBuffer
+        # Its methods are its class's, not those that the file names.
+        self.__init__(values, counts, int(state['max_length']))
+
+
+def _statistics_method(owner, name):
+    """Stands in for ``getattr``: a HistoryBuffer's methods, nothing else."""
+    if owner is not _HistoryBuffer or name not in (
+        'min',
+        'max',
+        'current',
+        'mean',
+    ):
+        raise UnpicklingError(f'refused: getattr({owner!r}, {name!r})')
+    return getattr(HistoryBuffer, name)
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)`` read MMEngine's checkpoints."""
+    if digit_version(torch.__version__) < digit_version('2.6'):
+        return  # weights_only is not yet the default there
+    stand_ins = {
+        'mmengine.logging.history_buffer.HistoryBuffer': _HistoryBuffer,
+        'builtins.getattr': _statistics_method,
+        'builtins.bytes': bytes,  # how pickle writes the bytes of no numbers
+        'numpy.dtype': _Dtype,
+        'numpy.ndarray': _Array,
+    }
+    for core in ('numpy._core', 'numpy.core'):  # NumPy 2 and 1
+        stand_ins[f'{core}.multiarray._reconstruct'] = _reconstruct
+        stand_ins[f'{core}.multiarray.scalar'] = _scalar
+    torch.serialization.add_safe_globals(
+        [(stand_in, name) for name, stand_in in stand_ins.items()]
+    )
+
+
+def register_configs() -> None:
+    """Make ``_base_ = 'wsbcn_mm::...'`` resolve."""
+    # Not the distribution's name: MMEngine would look for the configs where
+    # its metadata lies, which an editable install keeps elsewhere. Of a
+    # module it takes the folder.
+    MODULE2PACKAGE.setdefault('wsbcn_mm', 'wsbcn_mm.version')
+
+
+allow_mmengine_checkpoints()
+register_configs()
