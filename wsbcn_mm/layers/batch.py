@@ -24,10 +24,14 @@ class Batch:
         """Whether there is anything to take statistics of: 0 or 1."""
         return int(self.num_positions > 0)
 
-    @property
-    def bessel(self) -> float:
-        """From a biased variance to an unbiased one."""
-        return self.num_positions / max(self.num_positions - 1, 1)
+    def bessel(self, channels: int = 1) -> float:
+        """From a biased variance over ``channels`` to an unbiased one."""
+        count = self.num_positions * channels
+        return count / max(count - 1, 1)
+
+    def has_single_value(self, channels: int) -> bool:
+        """Whether statistics over ``channels`` are those of one value."""
+        return self.num_positions * channels == 1
 
     def statistics(
         self, mean: Tensor, var: Tensor, center: Optional[Tensor] = None
@@ -69,7 +73,15 @@ class SharedBatch:
         self._shares = counts[:, :1] / samples.clamp(min=1)
         self.num_positions = positions
         self.is_filled = samples > 0
-        self.bessel = positions / (positions - 1).clamp(min=1)
+
+    def bessel(self, channels: int = 1) -> Tensor:
+        """From a biased variance over ``channels`` to an unbiased one."""
+        count = self.num_positions * channels
+        return count / (count - 1).clamp(min=1)
+
+    def has_single_value(self, channels: int) -> bool:
+        """Not known here: the count is on the accelerator."""
+        return False
 
     @staticmethod
     def _local(mean: Tensor, var: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class BCN(RunningStatistics, NormBase):
             new_mean, new_var = batch.statistics(mean, var, old_mean)
         else:  # the unbiased variance, as torch does
             new_mean, new_var = batch.statistics(mean, var)
-            new_var = new_var * batch.bessel
+            new_var = new_var * batch.bessel()
         self._move_estimates(new_mean, new_var, batch.is_filled)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,49 @@
+from mmengine.registry import MODELS
+from torch import nn
+
+from .bcn import BCN
+
+
+@MODELS.register_module(name='SyncBCN', force=True)
+class SyncBCN(BCN):
+    r"""Batch-Channel Normalization with one batch over all processes.
+
+    Two processes with one image each compute what one with two computes:
+    outputs, gradients and estimates. Every image counts the same, whichever
+    process has it, and a process may have none, as where a detector's head
+    got no proposal.
+
+    With ``estimate=True`` a training forward costs one small gathering of
+    moments (2 C + 2 numbers from each process), and the backward pass costs
+    no communication, since estimates carry no gradient. With
+    ``estimate=False`` the backward pass takes one small reduction, as in
+    :class:`torch.nn.SyncBatchNorm`. Every process must run the layer, and
+    with ``estimate=False`` its backward, as often as the others. Evaluation
+    and frozen estimates communicate nothing, nor does a single process.
+
+    Gradients are those of the sum of the processes' losses: the input's as
+    they are, a parameter's once summed over processes. DistributedDataParallel
+    averages instead, so that it gives the gradient of the mean of the losses,
+    as it does for any layer.
+
+    A :class:`BCN` becomes this by ``sync_bn`` of mmengine's Runner
+    (``'torch'`` or ``'mmcv'``) or ``SyncBatchNorm.convert_sync_batchnorm``,
+    and this a :class:`BCN` by mmengine's ``revert_sync_batchnorm``; their
+    checkpoints are the same. :class:`SyncEstimatesHook` is cheaper still.
+
+    Args:
+        *args, **kwargs: Those of :class:`BCN`.
+        process_group (ProcessGroup | None): The processes. Default: None,
+            all of them.
+
+    Example:
+        >>> norm = SyncBCN(64, momentum=0.1 * 2 / 16)  # 2 GPUs, 1 image each
+        >>> norm(torch.randn(1, 64, 50, 76)).shape
+        torch.Size([1, 64, 50, 76])
+    """
+
+    def __init__(self, *args, process_group=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batch_statistics = nn.SyncBatchNorm.convert_sync_batchnorm(
+            self.batch_statistics, process_group
+        )
