@@ -8,6 +8,7 @@ check_requirements()
 from . import functional  # noqa: E402
 from .deploy import fold_for_inference  # noqa: E402
 from .engine import compat as _compat  # noqa: E402, F401
+from .engine import micro_batch_model, update_rate  # noqa: E402
 from .layers import (  # noqa: E402
     BCN,
     BGN,

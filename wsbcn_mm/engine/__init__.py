@@ -1,0 +1,6 @@
+"""What touches mmengine: configs, hooks, checkpoints, compatibility."""
+
+from .config import micro_batch_model
+from .update_rate import update_rate
+
+__all__ = ['micro_batch_model', 'update_rate']

@@ -1,0 +1,534 @@
+"""Any zoo config's model, made ready for one or two images per GPU."""
+
+import copy
+import functools
+import inspect
+import math
+import re
+import warnings
+from typing import Any, Dict, Optional, Set, Union
+
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ..layers import BCN
+from .update_rate import update_rate
+
+LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
+
+# Parts of a model config that hold no layers.
+OTHER_PARTS = ('data_preprocessor', 'train_cfg', 'test_cfg')
+
+# The zoo's GN+WS configs start from the right one where its BN configs start
+# from the left one: the same network, trained on images prepared alike.
+GN_WS_CHECKPOINTS = {
+    'torchvision://resnet50': 'open-mmlab://jhu/resnet50_gn_ws',
+    'torchvision://resnet101': 'open-mmlab://jhu/resnet101_gn_ws',
+    'open-mmlab://resnext50_32x4d': 'open-mmlab://jhu/resnext50_32x4d_gn_ws',
+    'open-mmlab://resnext101_32x4d': (
+        'open-mmlab://jhu/resnext101_32x4d_gn_ws'
+    ),
+}
+
+# Detectors whose form in the paper (and in the zoo's gn+ws folder) normalizes
+# the neck and the heads too, which without a normalization stay plain.
+NORMALIZED_HEADS = {'FasterRCNN', 'MaskRCNN'}
+
+# conv_cfg also reaches convolutions that no normalization follows (queries
+# and keys, gates, logits): standardized, they would have lost their scale.
+PLAIN_CONVOLUTIONS = set()
+
+# Dicts without a type, and what is built from them.
+IMPLIED_TYPES = {
+    ('SOLOV2Head', 'mask_feature_head'): (
+        'mmdet.models.dense_heads.solov2_head.MaskFeatModule'
+    ),
+    ('CondInstMaskHead', 'mask_feature_head'): (
+        'mmdet.models.dense_heads.condinst_head.MaskFeatModule'
+    ),
+}
+
+# Their normalizations see vectors, (N, C), not feature maps.
+VECTOR_NORMALIZATIONS = set()
+
+# Where one norm_cfg serves layers of several widths, the narrowest.
+NARROWEST = {'DepthwiseSeparableASPPHead': 'c1_channels'}
+
+
+def micro_batch_model(
+    model_cfg: dict,
+    norm_cfg: Optional[dict] = None,
+    conv_cfg: Optional[dict] = None,
+    images_per_gpu: int = 1,
+    images_per_update: int = 16,
+    pretrained: Union[bool, str, None] = None,
+) -> ConfigDict:
+    """Make a model config train with one or two images per GPU.
+
+    Every Batch, Instance and Group Normalization is replaced by ``norm_cfg``,
+    whether the config names it or a class has it by default, and the
+    convolutions before them by ``conv_cfg``. Mask R-CNN and Faster R-CNN get
+    the paper's form: FPN, four convolutions in the box head, and the mask
+    head, all normalized. ``norm_eval`` and frozen stages, which suit a
+    pretrained BN only, are switched off. Left as they are: layer
+    normalizations, convolutions without a normalization (RPN, output layers),
+    deconvolutions, deformable and other special convolutions, and components
+    that are not normalized by default.
+
+    In a config file the result replaces the base's model; it is not merged
+    with it. The ``_base_`` line has to come first.
+
+    .. code-block:: python
+
+        _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+        from wsbcn_mm import micro_batch_model
+        model = micro_batch_model(_base_.model)
+
+    Args:
+        model_cfg (dict): A model config of MMDetection, MMSegmentation or
+            MMPretrain. It is not changed.
+        norm_cfg (dict | None): The normalization. ``momentum`` of a BCN and
+            the batch sizes of a MABN follow from the two numbers below unless
+            given. Default: None, ``dict(type='BCN', num_groups=32)``
+        conv_cfg (dict | None): The convolution where a normalization follows,
+            ``dict(type='Conv2d')`` for none with Weight Standardization.
+            Default: None, ``dict(type='ConvWS')``
+        images_per_gpu (int): Images in one forward pass of one process, the
+            ``batch_size`` of the train dataloader. Default: 1
+        images_per_update (int): Images in one optimizer step, over all
+            processes and accumulated passes. Default: 16
+        pretrained (bool | str | None): What becomes of ImageNet checkpoints.
+            Those of networks without Weight Standardization are of no use
+            with it, since it changes what the weights compute. None: they are
+            replaced by their GN+WS counterpart where the zoo has one (plain
+            ResNet-50/101, ResNeXt-50/101 32x4d) and otherwise removed, each
+            with a warning. A string: the backbone starts from this
+            checkpoint. False: everything starts from scratch. True: all stay
+            as they are. Default: None
+
+    Returns:
+        ConfigDict: The new model config. A BCN that starts from a GN
+        checkpoint has ``channel_affine='channel'``, so that the function of
+        the checkpoint is kept. A backbone that lost its checkpoint has
+        ``zero_init_residual=False``, as the zoo's from-scratch configs.
+
+    Raises:
+        TypeError: If a config is not a dict, or ``pretrained`` of another
+            type.
+        ValueError: If a config has no ``type``, the model nothing to replace,
+            or ``norm_cfg`` or ``conv_cfg`` names something else.
+
+    Example:
+        >>> model = dict(type='ImageClassifier',
+        ...              backbone=dict(type='ResNet', depth=50))
+        >>> model = micro_batch_model(model)
+        >>> model.backbone.norm_cfg
+        {'type': 'BCN', 'num_groups': 32, 'momentum': 0.00625}
+        >>> model.backbone.conv_cfg
+        {'type': 'ConvWS'}
+    """
+    _check_config('model_cfg', model_cfg, "dict(type='MaskRCNN', ...)")
+    if norm_cfg is None:
+        norm_cfg = dict(type='BCN', num_groups=32)
+    _check_config('norm_cfg', norm_cfg, "dict(type='BCN', num_groups=32)")
+    if _norm_class(norm_cfg) is None:
+        raise ValueError(
+            'micro_batch_model: norm_cfg must name a normalization of feature '
+            f"maps, such as 'BCN' or 'GN'; got type={norm_cfg['type']!r}"
+        )
+    if conv_cfg is None:
+        conv_cfg = dict(type='ConvWS')
+    _check_config('conv_cfg', conv_cfg, "dict(type='ConvWS')")
+    conv_class = _registered(conv_cfg['type'])
+    if not (inspect.isclass(conv_class) and issubclass(conv_class, nn.Module)):
+        raise ValueError(
+            'micro_batch_model: conv_cfg must name a convolution, such as '
+            f"'ConvWS' or 'Conv2d'; got type={conv_cfg['type']!r}"
+        )
+    if not isinstance(pretrained, (bool, str, type(None))):
+        raise TypeError(
+            'micro_batch_model: pretrained must be True, False, None or the '
+            f'name of a checkpoint; got {pretrained!r}'
+        )
+    conversion = _Conversion(
+        _with_rate(norm_cfg, images_per_gpu, images_per_update),
+        dict(conv_cfg),
+        pretrained,
+    )
+    result = conversion.convert(_plain(model_cfg), _scope(model_cfg))
+    if not conversion.norms:
+        raise ValueError(
+            f'micro_batch_model: found no normalization to replace in '
+            f'type={model_cfg["type"]!r}: neither a norm_cfg of type BN, '
+            'SyncBN, GN, IN or BCN in the config, nor a class that has one by '
+            'default. Expected the whole model config, such as cfg.model. '
+            'For a network that is not built from a config, use '
+            'wsbcn_mm.convert_to_micro_batch(module)'
+        )
+    conversion.keep_function_of_checkpoint()
+    return Replacement(
+        {key: ConfigDict._hook(value) for key, value in result.items()}
+    )
+
+
+class Replacement(ConfigDict):
+    """A config that replaces its base's instead of being merged into it.
+
+    When ``model`` of a config file meets that of its base, mmengine merges
+    them, and what the new one lacks (BN's ``eps``, a checkpoint) comes back,
+    unless ``pop('_delete_', False)`` is true. Here it is, without a key that
+    other readers of the dict would stumble over. What mmengine puts into the
+    merged config is a plain ConfigDict.
+    """
+
+    def pop(self, key, default=None):
+        return key == '_delete_' or super().pop(key, default)
+
+    @property
+    def scope(self) -> Optional[str]:
+        """What mmengine writes into ``_scope_`` of a base's variable."""
+        return self.get('_scope_')
+
+
+class _Conversion:
+    """One walk through a model config, from the root down."""
+
+    def __init__(
+        self,
+        norm_cfg: dict,
+        conv_cfg: dict,
+        pretrained: Union[bool, str, None],
+    ):
+        self.norm_cfg = norm_cfg
+        self.conv_cfg = conv_cfg
+        self.pretrained = pretrained
+        self.norms = []  # all that were inserted
+        self.standardized = 0  # components that were not standardized before
+        self.has_backbone = False
+        self.from_group_norm = False  # whether a checkpoint holds GN's affine
+
+    def convert(self, cfg: Any, scope: Optional[str]) -> Any:
+        """Convert ``cfg`` and what it contains, in place."""
+        if isinstance(cfg, (list, tuple)):
+            return type(cfg)(self.convert(c, scope) for c in cfg)
+        if not isinstance(cfg, dict):
+            return cfg
+        if _is_replaced(cfg):
+            return self._norm()
+        scope = cfg.get('_scope_') or scope
+        component = _registered(cfg.get('type'), scope)
+        if _family(component) & NORMALIZED_HEADS:
+            self._normalize_heads(cfg)
+        if isinstance(cfg.get('backbone'), dict):
+            self._start_backbone(cfg)
+        standardized = self.standardized
+        norms = {k: v for k, v in cfg.items() if _is_replaced(v)}
+        for name, part in cfg.items():
+            if name not in OTHER_PARTS and name not in norms:
+                cfg[name] = self._convert_part(component, name, part, scope)
+        parameters = _parameters(component)
+        norms.update(
+            (name, default)
+            for name, default in parameters.items()
+            if name not in cfg and _is_replaced(default)
+        )
+        if norms and self._sees_feature_maps(cfg, component):
+            self._replace(cfg, component, parameters, norms)
+        self._fit_checkpoints(cfg, scope, self.standardized > standardized)
+        return cfg
+
+    def keep_function_of_checkpoint(self) -> None:
+        """A GN checkpoint has an affine for every channel: so must BCN."""
+        if self.from_group_norm and issubclass(
+            _norm_class(self.norm_cfg), BCN
+        ):
+            for norm in self.norms:
+                norm.setdefault('channel_affine', 'channel')
+
+    def _convert_part(self, component, name: str, part: Any, scope) -> Any:
+        for owner in _family(component):
+            implied = IMPLIED_TYPES.get((owner, name))
+            if implied and isinstance(part, dict) and 'type' not in part:
+                part = self.convert(dict(part, type=implied), scope)
+                del part['type']
+                return part
+        return self.convert(part, scope)
+
+    def _normalize_heads(self, cfg: dict) -> None:
+        """Give a detector the form that it has in the zoo's gn+ws folder."""
+        necks = cfg.get('neck')
+        for neck in necks if isinstance(necks, list) else [necks]:
+            if neck and _name(neck.get('type')) == 'FPN':
+                neck['norm_cfg'] = self.norm_cfg
+        roi_head = cfg.get('roi_head') or {}
+        for name, old, new in (
+            ('bbox_head', 'Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead'),
+            ('mask_head', 'FCNMaskHead', 'FCNMaskHead'),
+        ):
+            head = roi_head.get(name)
+            if isinstance(head, dict) and _name(head.get('type')) == old:
+                head.update(type=new, norm_cfg=self.norm_cfg)
+                head.setdefault('conv_out_channels', 256)
+
+    def _sees_feature_maps(self, cfg: dict, component) -> bool:
+        if not _family(component) & VECTOR_NORMALIZATIONS:
+            return True
+        _warn(
+            f'{_name(cfg["type"])} normalizes vectors rather than feature '
+            'maps and keeps its normalization'
+        )
+        return False
+
+    def _replace(
+        self, cfg: dict, component, parameters: dict, norms: dict
+    ) -> None:
+        """Replace the ``norms`` of a component, and what goes with them."""
+        for name in norms:
+            cfg[name] = self._norm()
+            if _norm_class(self.norm_cfg) is nn.GroupNorm:
+                for owner in _family(component) & NARROWEST.keys():
+                    width = NARROWEST[owner]
+                    cfg[name]['num_groups'] = math.gcd(
+                        cfg[name]['num_groups'],
+                        cfg.get(width, parameters[width]),
+                    )
+        if component is None and 'type' in cfg:
+            _warn(
+                f'{_name(cfg["type"])} is not registered, so that only the '
+                'normalizations that the config names are replaced and the '
+                'convolutions stay. Import the module that registers it first'
+            )
+        if 'conv_cfg' in parameters:
+            old = cfg.get('conv_cfg', parameters['conv_cfg'])
+            new = self._convolution(old, component)
+            if new is not old:
+                cfg['conv_cfg'] = new
+                self.standardized += not _is_plain(new) and _is_plain(old)
+        if 'norm_eval' in parameters:
+            cfg['norm_eval'] = False
+        if 'frozen_stages' in parameters:
+            cfg['frozen_stages'] = -1
+
+    def _norm(self) -> dict:
+        self.norms.append(copy.deepcopy(self.norm_cfg))
+        return self.norms[-1]
+
+    def _convolution(self, old: Optional[dict], component) -> Optional[dict]:
+        """The ``conv_cfg`` where a normalization follows."""
+        kind = re.fullmatch(
+            r'(?:Conv|ConvWS|ConvWN|ConvCWN|CenConv)(?:([123])d)?',
+            'Conv2d' if old is None else _name(old['type']),
+        )
+        if not kind or _family(component) & PLAIN_CONVOLUTIONS:
+            return old
+        if _is_plain(self.conv_cfg) and _is_plain(old):
+            return old
+        new = copy.deepcopy(self.conv_cfg)
+        if kind[1] in ('1', '3'):
+            new['type'] = re.sub(r'2d$', '', new['type']) + f'{kind[1]}d'
+        return new if _registered(new['type']) else old
+
+    def _start_backbone(self, cfg: dict) -> None:
+        """Let the backbone of ``cfg`` start from the given checkpoint."""
+        self.has_backbone = True
+        if not isinstance(self.pretrained, str):
+            return
+        for owner in (cfg, cfg['backbone']):
+            owner.pop('pretrained', None)
+        cfg['backbone']['init_cfg'] = dict(
+            type='Pretrained', checkpoint=self.pretrained
+        )
+
+    def _fit_checkpoints(
+        self, cfg: dict, scope: Optional[str], standardized: bool
+    ) -> None:
+        """Keep, replace or remove the checkpoints that ``cfg`` names."""
+        kind = _name(cfg.get('backbone', cfg).get('type'))
+        lost = False
+        for holder, key in _checkpoints(cfg):
+            old = holder[key]
+            holder[key] = new = self._checkpoint(old, kind, standardized)
+            lost |= new is None
+            self.from_group_norm |= bool(_GROUP_NORM_NAME.search(new or ''))
+        if lost:
+            self._start_from_scratch(cfg, scope)
+
+    def _checkpoint(
+        self, old: str, kind: str, standardized: bool
+    ) -> Optional[str]:
+        """What takes the place of a checkpoint; None: nothing."""
+        if self.pretrained is False:
+            return None
+        if not standardized or self.pretrained in (True, old):
+            return old
+        new = None
+        if _name(self.conv_cfg['type']) == 'ConvWS' and issubclass(
+            _norm_class(self.norm_cfg), (nn.GroupNorm, BCN)
+        ):
+            new = GN_WS_CHECKPOINTS.get(old)
+        _warn(
+            f'{kind} starts '
+            + (f'from {new!r} instead of' if new else 'from scratch, not from')
+            + f' {old!r}, since Weight Standardization would change what '
+            'these weights compute. To choose: pretrained=True (these all '
+            'the same), False (from scratch), or the name of a checkpoint'
+        )
+        return new
+
+    @staticmethod
+    def _start_from_scratch(cfg: dict, scope: Optional[str]) -> None:
+        inits = cfg.pop('init_cfg', None) or []
+        inits = inits if isinstance(inits, (list, tuple)) else [inits]
+        inits = [i for i in inits if i.get('checkpoint', '') is not None]
+        if inits:
+            cfg['init_cfg'] = inits
+        backbone = cfg.get('backbone', cfg)
+        component = _registered(backbone.get('type'), scope)
+        if 'zero_init_residual' in _parameters(component):
+            backbone.setdefault('zero_init_residual', False)
+
+
+# A checkpoint whose name says that its normalization is a GN, as in the zoo.
+_GROUP_NORM_NAME = re.compile(r'(?:^|[^a-z0-9])gn(?:[^a-z0-9]|$)')
+
+
+def _checkpoints(cfg: dict):
+    """Where ``cfg`` itself names checkpoints."""
+    if isinstance(cfg.get('pretrained'), str):
+        yield cfg, 'pretrained'
+    inits = cfg.get('init_cfg')
+    for init in inits if isinstance(inits, (list, tuple)) else [inits]:
+        if isinstance(init, dict) and isinstance(init.get('checkpoint'), str):
+            yield init, 'checkpoint'
+
+
+def _check_config(name: str, cfg: dict, example: str) -> None:
+    if not isinstance(cfg, dict):
+        raise TypeError(
+            f'micro_batch_model: {name} must be a dict such as {example}; '
+            f'got {cfg!r} ({type(cfg).__name__})'
+        )
+    if 'type' not in cfg:
+        raise ValueError(
+            f"micro_batch_model: {name} must have a 'type', such as "
+            f'{example}; got the keys {sorted(cfg)}'
+        )
+
+
+def _with_rate(
+    norm_cfg: dict, images_per_gpu: int, images_per_update: int
+) -> dict:
+    """Complete ``norm_cfg`` by what follows from the numbers of images."""
+    rate = update_rate(images_per_gpu, images_per_update)
+    norm_cfg = _plain(norm_cfg)
+    kind = _norm_class(norm_cfg)
+    if issubclass(kind, BCN):
+        norm_cfg.setdefault('momentum', rate)
+    if 'simulated_batch_size' in _parameters(kind):
+        norm_cfg.setdefault('batch_size', images_per_gpu)
+        norm_cfg.setdefault('simulated_batch_size', images_per_update)
+    return norm_cfg
+
+
+def _plain(cfg: Any) -> Any:
+    """A copy in which every dict, of whatever class, is a dict."""
+    if isinstance(cfg, dict):
+        return {key: _plain(value) for key, value in cfg.items()}
+    if isinstance(cfg, (list, tuple)):
+        return type(cfg)(_plain(value) for value in cfg)
+    return copy.deepcopy(cfg)
+
+
+def _scope(model_cfg: dict) -> Optional[str]:
+    """The library whose registry knows the model's type."""
+    current = DefaultScope.get_current_instance()
+    for scope in (
+        model_cfg.get('_scope_'),
+        current and current.scope_name,
+        *LIBRARIES,
+    ):
+        if scope and _registered(model_cfg['type'], scope):
+            return scope
+    return None
+
+
+def _registered(kind: Any, scope: Optional[str] = None) -> Optional[type]:
+    """The class that a config's ``type`` means, or None."""
+    if isinstance(kind, str):
+        if scope and '.' not in kind:
+            kind = f'{scope}.{kind}'
+        try:
+            kind = MODELS.get(kind)
+        except RuntimeError:  # nothing of this name
+            return None
+    return kind if inspect.isclass(kind) else None
+
+
+def _name(kind: Any) -> str:
+    """``'ResNet'`` for 'ResNet', 'mmdet.ResNet' and the class itself."""
+    return getattr(kind, '__name__', str(kind).rpartition('.')[2])
+
+
+def _family(component: Optional[type]) -> Set[str]:
+    """The names of a class and of those that it derives from."""
+    return {c.__name__ for c in inspect.getmro(component or object)}
+
+
+@functools.lru_cache(maxsize=None)
+def _parameters(component: Optional[type]) -> Dict[str, Any]:
+    """What the constructor takes, with the defaults.
+
+    A class with ``**kwargs`` takes what the class that it derives from does.
+    """
+    found = {}
+    for owner in inspect.getmro(component or object)[:-1]:
+        init = owner.__dict__.get('__init__')
+        if init is None:
+            continue
+        takes_more = False
+        for parameter in inspect.signature(init).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                takes_more = True
+            elif parameter.kind is not parameter.VAR_POSITIONAL:
+                found.setdefault(parameter.name, parameter.default)
+        if not takes_more:
+            break
+    return found
+
+
+def _norm_class(cfg: Any) -> Optional[type]:
+    """The class of a normalization's config; None for anything else."""
+    if not isinstance(cfg, dict) or 'type' not in cfg:
+        return None
+    kind = _registered(cfg['type'])
+    normalizations = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
+    if kind and (
+        issubclass(kind, normalizations) or 'SyncBatchNorm' in kind.__name__
+    ):
+        return kind
+    return None
+
+
+def _is_replaced(cfg: Any) -> bool:
+    """Whether ``cfg`` is a normalization that depends on batch or groups.
+
+    A GN of one group is a layer normalization by another name.
+    """
+    kind = _norm_class(cfg)
+    return kind is not None and not (
+        kind is nn.GroupNorm and cfg.get('num_groups') == 1
+    )
+
+
+def _is_plain(conv_cfg: Optional[dict]) -> bool:
+    """Whether ``conv_cfg`` means torch's own convolution."""
+    return conv_cfg is None or bool(
+        re.fullmatch(r'Conv([123]d)?', _name(conv_cfg['type']))
+    )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f'micro_batch_model: {message}.', stacklevel=2)

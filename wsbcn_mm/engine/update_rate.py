@@ -1,0 +1,53 @@
+import numbers
+
+
+def update_rate(images_per_gpu: int = 1, images_per_update: int = 16) -> float:
+    r"""The update rate of estimates that a schedule asks for.
+
+    .. math::
+        r = 0.1 \, \frac{\text{images per forward}}
+                        {\text{images per optimizer step}}
+
+    Estimates must keep up with the weights, which move once per optimizer
+    step, so their memory should span a fixed number of steps however few
+    images a forward pass sees: ``r = 0.1`` where one forward is one step (as
+    for BN), and as many times less as there are forwards in a step.
+
+    Args:
+        images_per_gpu (int): Images in one forward pass of one process.
+            Default: 1
+        images_per_update (int): Images in one optimizer step, over all
+            processes and accumulated passes. Default: 16
+
+    Returns:
+        float: A ``momentum`` for :class:`~wsbcn_mm.BCN`.
+
+    Raises:
+        TypeError, ValueError: If an argument is not a positive integer, or
+            a forward has more images than a step.
+
+    Example:
+        >>> update_rate(images_per_gpu=2, images_per_update=16)
+        0.0125
+    """
+    for name, value in (
+        ('images_per_gpu', images_per_gpu),
+        ('images_per_update', images_per_update),
+    ):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(
+                f'update_rate: {name} must be a positive integer, got '
+                f'{value!r} ({type(value).__name__})'
+            )
+        if value < 1:
+            raise ValueError(
+                f'update_rate: {name} must be a positive integer, got {value}'
+            )
+    if images_per_gpu > images_per_update:
+        raise ValueError(
+            f'update_rate: images_per_update counts the images of one '
+            f'optimizer step, so it is at least images_per_gpu; got '
+            f'images_per_update={images_per_update} and images_per_gpu='
+            f'{images_per_gpu}'
+        )
+    return 0.1 * images_per_gpu / images_per_update
