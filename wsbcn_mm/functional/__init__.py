@@ -11,18 +11,20 @@ from .coefficients import (
 )
 from .engine import moments, normalize
 from .mabn import moving_average_coefficients
-from .weight import standardize_weight
+from .weight import centralize_weight, normalize_weight, standardize_weight
 
 __all__ = [
     'batch_channel_coefficients',
     'batch_group_coefficients',
     'batch_statistics',
+    'centralize_weight',
     'group_coefficients',
     'group_statistics',
     'large_batch_channel_coefficients',
     'moments',
     'moving_average_coefficients',
     'normalize',
+    'normalize_weight',
     'standardize_weight',
     'updated_estimates',
 ]

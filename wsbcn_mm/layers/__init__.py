@@ -2,6 +2,8 @@
 
 from .bcn import BCN
 from .bgn import BGN
+from .cen_conv import CenConv
+from .conv_wn import ConvCWN, ConvWN
 from .conv_ws import ConvWS, ConvWS1d, ConvWS3d
 from .mabn import MABN
 from .sync_bcn import SyncBCN
@@ -10,6 +12,9 @@ __all__ = [
     'BCN',
     'BGN',
     'MABN',
+    'CenConv',
+    'ConvCWN',
+    'ConvWN',
     'ConvWS',
     'ConvWS1d',
     'ConvWS3d',
