@@ -7,12 +7,19 @@ check_requirements()
 
 from . import functional  # noqa: E402
 from .deploy import fold_for_inference  # noqa: E402
+from .engine import (  # noqa: E402
+    SyncEstimatesHook,
+    micro_batch_model,
+    update_rate,
+)
 from .engine import compat as _compat  # noqa: E402, F401
-from .engine import micro_batch_model, update_rate  # noqa: E402
 from .layers import (  # noqa: E402
     BCN,
     BGN,
     MABN,
+    CenConv,
+    ConvCWN,
+    ConvWN,
     ConvWS,
     ConvWS1d,
     ConvWS3d,
@@ -22,11 +29,15 @@ from .layers import (  # noqa: E402
 __all__ = [
     'BCN',
     'BGN',
+    'CenConv',
+    'ConvCWN',
+    'ConvWN',
     'ConvWS',
     'ConvWS1d',
     'ConvWS3d',
     'MABN',
     'SyncBCN',
+    'SyncEstimatesHook',
     '__version__',
     'fold_for_inference',
     'functional',

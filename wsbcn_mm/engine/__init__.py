@@ -1,6 +1,7 @@
 """What touches mmengine: configs, hooks, checkpoints, compatibility."""
 
 from .config import micro_batch_model
+from .hooks import SyncEstimatesHook
 from .update_rate import update_rate
 
-__all__ = ['micro_batch_model', 'update_rate']
+__all__ = ['SyncEstimatesHook', 'micro_batch_model', 'update_rate']
