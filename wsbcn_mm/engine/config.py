@@ -33,29 +33,64 @@ GN_WS_CHECKPOINTS = {
     ),
 }
 
-# Detectors whose form in the paper (and in the zoo's gn+ws folder) normalizes
-# the neck and the heads too, which without a normalization stay plain.
-NORMALIZED_HEADS = {'FasterRCNN', 'MaskRCNN'}
+# What follows are exceptions, by library and class, derived classes included.
 
-# conv_cfg also reaches convolutions that no normalization follows (queries
-# and keys, gates, logits): standardized, they would have lost their scale.
-PLAIN_CONVOLUTIONS = set()
+# Their form in the paper and in the zoo's gn+ws folder normalizes the neck
+# and the heads too, which otherwise stay without a normalization.
+NORMALIZED_HEADS = {'mmdet.FasterRCNN', 'mmdet.MaskRCNN'}
 
-# Dicts without a type, and what is built from them.
+# Their conv_cfg also reaches convolutions that no normalization follows,
+# which must keep their scale, or that have a single weight.
+PLAIN_CONVOLUTIONS = {
+    'mmpretrain.MobileOne',  # depthwise 1x1 branches
+    'mmseg.DNLHead',  # queries, keys and values
+    'mmseg.EMAHead',  # the input of the expectation maximization
+    'mmseg.NLHead',  # queries, keys and values
+}
+
+# Their normalizations see vectors, (N, C), not feature maps.
+VECTOR_NORMALIZATIONS = {
+    'mmdet.LinearReIDHead',
+    'mmpretrain.LeViTClsHead',
+    'mmpretrain.LinearNeck',
+    'mmpretrain.NonLinearNeck',
+    'mmpretrain.StackedLinearClsHead',
+    'mmpretrain.SwAVNeck',
+}
+
+# They build blocks with a normalization of their own, whatever norm_cfg says.
+FIXED_NORMALIZATIONS = {
+    'mmdet.CTResNetNeck',
+    'mmdet.DilatedEncoder',
+    'mmdet.DoubleConvFCBBoxHead',
+    'mmdet.DyHead',
+    'mmdet.HourglassNet',
+    'mmpretrain.HRFuseScales',
+    'mmpretrain.HRNet',
+    'mmpretrain.MobileViT',
+    'mmpretrain.RepMLPNet',
+    'mmseg.BiSeNetV1',
+    'mmseg.BiSeNetV2',
+    'mmseg.DDRNet',
+    'mmseg.ERFNet',
+    'mmseg.PIDNet',
+}
+
+# Their owner hands its own norm_cfg and conv_cfg on to them.
+HANDED_DOWN = {'mmseg.DeconvModule', 'mmseg.InterpConv'}
+
+# Parts without a type, and what is built from them.
 IMPLIED_TYPES = {
-    ('SOLOV2Head', 'mask_feature_head'): (
+    ('mmdet.SOLOV2Head', 'mask_feature_head'): (
         'mmdet.models.dense_heads.solov2_head.MaskFeatModule'
     ),
-    ('CondInstMaskHead', 'mask_feature_head'): (
+    ('mmdet.CondInstMaskHead', 'mask_feature_head'): (
         'mmdet.models.dense_heads.condinst_head.MaskFeatModule'
     ),
 }
 
-# Their normalizations see vectors, (N, C), not feature maps.
-VECTOR_NORMALIZATIONS = set()
-
-# Where one norm_cfg serves layers of several widths, the narrowest.
-NARROWEST = {'DepthwiseSeparableASPPHead': 'c1_channels'}
+# The narrowest layer, where one norm_cfg serves layers of several widths.
+NARROWEST = {'mmseg.DepthwiseSeparableASPPHead': 'c1_channels'}
 
 
 def micro_batch_model(
@@ -220,6 +255,8 @@ class _Conversion:
             return self._norm()
         scope = cfg.get('_scope_') or scope
         component = _registered(cfg.get('type'), scope)
+        if _family(component) & HANDED_DOWN:
+            return cfg
         if _family(component) & NORMALIZED_HEADS:
             self._normalize_heads(cfg)
         if isinstance(cfg.get('backbone'), dict):
@@ -229,6 +266,12 @@ class _Conversion:
         for name, part in cfg.items():
             if name not in OTHER_PARTS and name not in norms:
                 cfg[name] = self._convert_part(component, name, part, scope)
+        if _family(component) & FIXED_NORMALIZATIONS:
+            _warn(
+                f'{_name(cfg["type"])} builds normalizations that no config '
+                'reaches. Convert them in the built model: '
+                'wsbcn_mm.convert_to_micro_batch(model)'
+            )
         parameters = _parameters(component)
         norms.update(
             (name, default)
@@ -273,7 +316,8 @@ class _Conversion:
                 head.update(type=new, norm_cfg=self.norm_cfg)
                 head.setdefault('conv_out_channels', 256)
 
-    def _sees_feature_maps(self, cfg: dict, component) -> bool:
+    @staticmethod
+    def _sees_feature_maps(cfg: dict, component) -> bool:
         if not _family(component) & VECTOR_NORMALIZATIONS:
             return True
         _warn(
@@ -303,26 +347,32 @@ class _Conversion:
             )
         if 'conv_cfg' in parameters:
             old = cfg.get('conv_cfg', parameters['conv_cfg'])
-            new = self._convolution(old, component)
+            new = self._convolution(cfg, component, old)
             if new is not old:
                 cfg['conv_cfg'] = new
                 self.standardized += not _is_plain(new) and _is_plain(old)
         if 'norm_eval' in parameters:
             cfg['norm_eval'] = False
-        if 'frozen_stages' in parameters:
-            cfg['frozen_stages'] = -1
+        if 'frozen_stages' in cfg and 'frozen_stages' in parameters:
+            cfg['frozen_stages'] = parameters['frozen_stages']  # none
 
     def _norm(self) -> dict:
         self.norms.append(copy.deepcopy(self.norm_cfg))
         return self.norms[-1]
 
-    def _convolution(self, old: Optional[dict], component) -> Optional[dict]:
+    def _convolution(
+        self, cfg: dict, component, old: Optional[dict]
+    ) -> Optional[dict]:
         """The ``conv_cfg`` where a normalization follows."""
         kind = re.fullmatch(
             r'(?:Conv|ConvWS|ConvWN|ConvCWN|CenConv)(?:([123])d)?',
             'Conv2d' if old is None else _name(old['type']),
         )
-        if not kind or _family(component) & PLAIN_CONVOLUTIONS:
+        if (
+            not kind
+            or _family(component) & PLAIN_CONVOLUTIONS
+            or cfg.get('dcn')  # the two exclude each other
+        ):
             return old
         if _is_plain(self.conv_cfg) and _is_plain(old):
             return old
@@ -473,8 +523,11 @@ def _name(kind: Any) -> str:
 
 
 def _family(component: Optional[type]) -> Set[str]:
-    """The names of a class and of those that it derives from."""
-    return {c.__name__ for c in inspect.getmro(component or object)}
+    """A class and those that it derives from, as ``'mmdet.ResNet'``."""
+    return {
+        f'{c.__module__.partition(".")[0]}.{c.__name__}'
+        for c in inspect.getmro(component or object)
+    }
 
 
 @functools.lru_cache(maxsize=None)
