@@ -75,7 +75,7 @@ def find_feeding_convolutions(
         else:
             feeding = _from_structure(module, names[norm], names)
         conv = module.get_submodule(feeding.convolution or '')
-        if feeding.exclusive and uses[id(conv.weight)] > 1:
+        if feeding.exclusive and uses.get(id(conv.weight), 1) > 1:
             feeding = Feeding(
                 feeding.convolution,
                 traced=feeding.traced,
@@ -89,10 +89,10 @@ def _is_outermost(norm, names, module, norm_types) -> bool:
     """A normalization may hold another one that is its own affair."""
     if not isinstance(norm, norm_types):
         return False
-    *parents, _ = names[norm].split('.')
+    path = names[norm].split('.') if names[norm] else []
     return not any(
-        isinstance(module.get_submodule('.'.join(parents[:i])), norm_types)
-        for i in range(1, len(parents) + 1)
+        isinstance(module.get_submodule('.'.join(path[:i])), norm_types)
+        for i in range(len(path))
     )
 
 

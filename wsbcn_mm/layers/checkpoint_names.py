@@ -53,4 +53,12 @@ def _on_registration(parent: nn.Module, name: str, child) -> None:
         parent.register_load_state_dict_pre_hook(_rename)
 
 
+def forget_names(parent: nn.Module) -> None:
+    """Undo what registering a normalization of ours did to its parent."""
+    if parent.__dict__.pop('_renames_norms', False):
+        hooks = parent._load_state_dict_pre_hooks
+        for key in [k for k, h in hooks.items() if h.hook is _rename]:
+            del hooks[key]
+
+
 register_module_module_registration_hook(_on_registration)

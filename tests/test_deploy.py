@@ -1,0 +1,356 @@
+import copy
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from wsbcn_mm import BCN, ConvWS, fold_for_inference
+from wsbcn_mm.deploy import is_ours
+
+
+def randomize(module, seed=0):
+    """Estimates and affines that no identity could be mistaken for."""
+    generator = torch.Generator().manual_seed(seed)
+    for m in module.modules():
+        for name, t in [*m._parameters.items(), *m._buffers.items()]:
+            if t is None or not t.is_floating_point():
+                continue
+            norm = isinstance(m, nn.GroupNorm) or hasattr(m, 'running_var')
+            if not norm:
+                continue
+            value = torch.rand(t.shape, generator=generator)
+            if 'mean' in name or 'bias' in name:
+                value = value - 0.5
+            else:
+                value = value + 0.5
+            t.data.copy_(value)
+    return module
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def check(net, *inputs, tolerance=1e-5):
+    net.eval()
+    before = copy.deepcopy(net.state_dict())
+    folded, report = fold_for_inference(net, return_report=True)
+    assert not any(is_ours(m) for m in folded.modules())
+    assert not any(m._load_state_dict_pre_hooks for m in folded.modules())
+    with torch.no_grad():
+        for a, b in zip(_flat(folded(*inputs)), _flat(net(*inputs))):
+            assert relative(a, b) < tolerance
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key])
+    return folded, report
+
+
+def _flat(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for v in value for t in _flat(v)]
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('conv', [nn.Conv2d, ConvWS])
+@pytest.mark.parametrize('affine', ['group', 'channel'])
+def test_bcn(conv, bias, affine):
+    net = nn.Sequential(
+        conv(3, 8, 3, padding=1, bias=bias),
+        BCN(8, 4, eps=1e-3, channel_affine=affine),
+    )
+    folded, report = check(randomize(net), torch.randn(2, 3, 9, 9))
+    assert [type(m) for m in folded] == [nn.Conv2d, nn.GroupNorm]
+    assert report.folded == {'1': '0'} and not report.kept
+
+
+@pytest.mark.parametrize('dims', [1, 3])
+def test_other_dimensions(dims):
+    import wsbcn_mm
+
+    conv = {1: wsbcn_mm.ConvWS1d, 3: wsbcn_mm.ConvWS3d}[dims]
+    net = nn.Sequential(conv(3, 8, 3), BCN(8, 4))
+    folded, _ = check(randomize(net), torch.randn(2, 3, *(5,) * dims))
+    assert type(folded[0]) is {1: nn.Conv1d, 3: nn.Conv3d}[dims]
+
+
+def test_bn_after_ws_folds_completely():
+    net = nn.Sequential(ConvWS(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    folded, _ = check(randomize(net), torch.randn(2, 3, 9, 9))
+    assert [type(m) for m in folded] == [nn.Conv2d, nn.Identity]
+
+
+def test_gn_after_ws_keeps_its_gn():
+    net = nn.Sequential(ConvWS(3, 8, 3, bias=False), nn.GroupNorm(4, 8))
+    folded, report = check(randomize(net), torch.randn(2, 3, 9, 9))
+    assert [type(m) for m in folded] == [nn.Conv2d, nn.GroupNorm]
+    assert report.weights == ['0']
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_transposed_convolution(groups):
+    net = nn.Sequential(
+        nn.ConvTranspose2d(4, 8, 2, stride=2, groups=groups), BCN(8, 4)
+    )
+    _, report = check(randomize(net), torch.randn(2, 4, 5, 5))
+    assert report.folded
+
+
+def test_where_no_convolution_feeds_it_the_affine_stays():
+    net = nn.Sequential(BCN(4, 2), nn.ReLU(), ConvWS(4, 4, 1), BCN(4, 2))
+    folded, report = check(randomize(net), torch.randn(2, 4, 5, 5))
+    assert set(report.kept) == {'0'} and set(report.folded) == {'3'}
+    assert 'no convolution' in str(report)
+    assert [type(m) for m in folded[0]] == [nn.BatchNorm2d, nn.GroupNorm]
+
+
+class TwoLevels(nn.Module):
+    """One convolution, a norm for each level, as in RTMDet."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = ConvWS(3, 8, 3)
+        self.norms = nn.ModuleList([BCN(8, 4), BCN(8, 4)])
+
+    def forward(self, a, b):
+        return self.norms[0](self.conv(a)), self.norms[1](self.conv(b))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = ConvWS(3, 8, 3)
+        self.norm = BCN(8, 4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x + self.norm(x)
+
+
+@pytest.mark.parametrize('net', [TwoLevels(), Residual()])
+def test_a_shared_convolution_is_not_touched(net):
+    inputs = [torch.randn(1, 3, 7, 7)] * (1 + isinstance(net, TwoLevels))
+    _, report = check(randomize(net), *inputs)
+    assert not report.folded and report.kept
+
+
+class Scaled(nn.Conv2d):
+    """Its weight is normalized: a factor folded into it would be lost."""
+
+    def forward(self, x):
+        return self._conv_forward(
+            x, self.weight / self.weight.norm(), self.bias
+        )
+
+
+def test_an_unknown_convolution_is_tried_and_left_alone():
+    net = nn.Sequential(Scaled(3, 8, 3), BCN(8, 4))
+    folded, report = check(randomize(net), torch.randn(1, 3, 7, 7))
+    assert type(folded[0]) is Scaled and 'no ordinary' in report.kept['1']
+
+
+def test_spectral_norm_is_left_alone():
+    conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))
+    net = nn.Sequential(conv, BCN(8, 4)).eval()
+    _, report = check(randomize(net), torch.randn(1, 3, 7, 7))
+    assert set(report.kept) == {'1'}
+
+
+def test_a_layer_alone_and_in_place():
+    norm = randomize(BCN(8, 4)).eval()
+    x = torch.randn(1, 8, 5, 5)
+    assert relative(fold_for_inference(norm)(x), norm(x)) < 1e-5
+    net = nn.Sequential(ConvWS(3, 8, 3), BCN(8, 4))
+    assert fold_for_inference(net, inplace=True) is net
+    assert type(net[0]) is nn.Conv2d
+
+
+def test_what_is_no_module():
+    with pytest.raises(TypeError, match='expected a torch.nn.Module'):
+        fold_for_inference('checkpoint.pth')
+
+
+@pytest.fixture
+def resnet18():
+    mmdet = pytest.importorskip('mmdet.models')
+    return randomize(
+        mmdet.ResNet(
+            18, norm_cfg=dict(type='BCN'), conv_cfg=dict(type='ConvWS')
+        )
+    )
+
+
+def test_mmdet_resnet(resnet18):
+    folded, report = check(resnet18, torch.randn(1, 3, 65, 65))
+    assert len(report.folded) == 20 and not report.kept
+    assert type(folded.layer1[0].bcn1) is nn.GroupNorm
+
+
+def test_fuse_conv_bn_fuses_nothing_of_bcn(resnet18):
+    x = torch.randn(1, 3, 65, 65)
+    resnet18.eval()
+    fused = fuse_conv_bn(copy.deepcopy(resnet18))
+    assert torch.equal(fused(x)[-1], resnet18(x)[-1])
+    module = ConvModule(3, 8, 3, norm_cfg=dict(type='BCN'))
+    module = randomize(module).eval()
+    fused = fuse_conv_bn(copy.deepcopy(module))
+    assert type(fused.bcn) is BCN and torch.equal(fused(x), module(x))
+
+
+def test_fuse_conv_bn_stops_at_standardized_weights():
+    net = nn.Sequential(ConvWS(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    with pytest.raises(RuntimeError, match='fold_for_inference'):
+        fuse_conv_bn(randomize(net).eval())
+    module = ConvModule(
+        3, 8, 3, conv_cfg=dict(type='ConvWS'), norm_cfg=dict(type='BN')
+    )
+    with pytest.raises(RuntimeError, match='fold_for_inference'):
+        fuse_conv_bn(module.eval())
+
+
+def test_folded_torchscript_and_export():
+    net = nn.Sequential(
+        ConvWS(3, 8, 3), BCN(8, 4), nn.ReLU(), ConvWS(8, 8, 3), BCN(8, 4)
+    )
+    folded = fold_for_inference(randomize(net))
+    x = torch.randn(1, 3, 9, 9)
+    assert relative(torch.jit.script(folded)(x), folded(x)) < 1e-6
+    program = torch.export.export(folded, (x,)).module()
+    assert relative(program(x), folded(x)) < 1e-6
+    # Unfolded, tracing and exporting do what they should as well.
+    net.eval()
+    with torch.no_grad():
+        assert relative(torch.jit.trace(net, x)(x), net(x)) < 1e-6
+        program = torch.export.export(net, (x,)).module()
+        assert relative(program(x), net(x)) < 1e-6
+
+
+def export_onnx(net, x, path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    with torch.no_grad():
+        torch.onnx.export(net, (x,), path, dynamo=True, verbose=False)
+        wanted = _flat(net(x))
+    session = onnxruntime.InferenceSession(
+        str(path), providers=['CPUExecutionProvider']
+    )
+    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted):
+        assert relative(torch.from_numpy(a), b) < 1e-4
+
+
+@pytest.mark.parametrize('folded', [True, False])
+def test_onnx(tmp_path, folded):
+    net = nn.Sequential(
+        ConvWS(3, 8, 3), BCN(8, 4), nn.ReLU(), ConvWS(8, 8, 3), BCN(8, 4)
+    )
+    net = randomize(net).eval()
+    net = fold_for_inference(net) if folded else net
+    export_onnx(net, torch.randn(1, 3, 9, 9), tmp_path / 'net.onnx')
+
+
+MICRO_BATCH = dict(
+    norm_cfg=dict(type='BCN', requires_grad=True),
+    conv_cfg=dict(type='ConvWS'),
+)
+
+
+def mask_rcnn():
+    import os.path as osp
+
+    import mmdet
+    from mmengine.config import Config
+
+    configs = osp.join(osp.dirname(mmdet.__file__), '.mim', 'configs')
+    cfg = Config.fromfile(
+        osp.join(configs, 'gn+ws/mask-rcnn_r50_fpn_gn-ws-all_2x_coco.py')
+    ).model
+    for part in (
+        cfg.backbone,
+        cfg.neck,
+        cfg.roi_head.bbox_head,
+        cfg.roi_head.mask_head,
+    ):
+        part.update(MICRO_BATCH)
+    cfg.backbone.init_cfg = None
+    init_default_scope('mmdet')
+    return MODELS.build(cfg)
+
+
+def deeplabv3plus():
+    import os.path as osp
+
+    import mmseg
+    from mmengine.config import Config
+
+    configs = osp.join(osp.dirname(mmseg.__file__), '.mim', 'configs')
+    cfg = Config.fromfile(
+        osp.join(
+            configs,
+            'deeplabv3plus/deeplabv3plus_r50-d8_4xb2-40k_'
+            'cityscapes-512x1024.py',
+        )
+    ).model
+    cfg.pretrained = None
+    for part in (cfg.backbone, cfg.decode_head, cfg.auxiliary_head):
+        part.update(MICRO_BATCH)
+    init_default_scope('mmseg')
+    return MODELS.build(cfg)
+
+
+def as_if_trained(net):
+    """Small residual branches, as zero-initialized ones become.
+
+    With large ones a random ResNet-50 magnifies rounding: in float32 it is
+    4e-5 away from its own float64 output, folded or not.
+    """
+    for block in randomize(net).modules():
+        if hasattr(block, 'norm3'):
+            block.norm3.weight.data.mul_(0.2)
+    return net.eval()
+
+
+@pytest.mark.slow
+def test_full_mask_rcnn():
+    pytest.importorskip('mmdet')
+    torch.manual_seed(0)
+    net = as_if_trained(mask_rcnn())
+    x = torch.randn(1, 3, 128, 160)
+    folded, report = fold_for_inference(net, return_report=True)
+    assert not report.kept and len(report.folded) == 69
+    assert not any(is_ours(m) for m in folded.modules())
+    rois = torch.tensor([[0, 8.0, 8.0, 96.0, 96.0]])
+    with torch.no_grad():
+        outputs = []
+        for model in (folded, net):
+            features = model.extract_feat(x)
+            pooled = model.roi_head._bbox_forward(features, rois)
+            mask = model.roi_head._mask_forward(features, rois)
+            outputs.append(
+                [
+                    *features,
+                    *_flat(model.rpn_head(features)),
+                    pooled['cls_score'],
+                    pooled['bbox_pred'],
+                    mask['mask_preds'],
+                ]
+            )
+    for a, b in zip(*outputs):
+        assert relative(a, b) < 1e-5
+
+
+@pytest.mark.slow
+def test_full_deeplabv3plus(tmp_path):
+    pytest.importorskip('mmseg')
+    torch.manual_seed(0)
+    net = as_if_trained(deeplabv3plus())
+    x = torch.randn(1, 3, 64, 96)
+    folded, report = fold_for_inference(net, return_report=True)
+    assert not report.kept
+    with torch.no_grad():
+        a, b = folded(x, mode='tensor'), net(x, mode='tensor')
+    assert relative(a, b) < 1e-5
+    export_onnx(folded, x, tmp_path / 'deeplab.onnx')
