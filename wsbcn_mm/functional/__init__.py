@@ -11,7 +11,8 @@ from .coefficients import (
 )
 from .engine import moments, normalize
 from .mabn import moving_average_coefficients
-from .weight import centralize_weight, normalize_weight, standardize_weight
+from .weight import standardize_weight
+from .weight_normalization import centralize_weight, normalize_weight
 
 __all__ = [
     'batch_channel_coefficients',
