@@ -1,0 +1,1 @@
+"""What the commands of this folder stand on: see its README."""

@@ -1,0 +1,156 @@
+"""Many micro-batches in one forward, exactly as one after another.
+
+An optimizer step of 32 images, normalized one image at a time, is 32 forwards
+and backwards whose gradients add up. Only the normalizations make them differ
+from one forward of 32 images, and each of them sees its micro-batches in the
+same order either way. So it is enough that each normalization takes the batch
+apart, which is many times faster. Estimates move from micro-batch to
+micro-batch as they would; gradients are the same
+(``tests/test_tools/test_study.py`` compares them).
+"""
+
+from functools import lru_cache, partial
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from wsbcn_mm import BCN
+from wsbcn_mm.functional import (
+    batch_channel_coefficients,
+    moments,
+    normalize,
+)
+from wsbcn_mm.layers.batch_statistics import BatchStatistics
+
+
+def normalize_in_micro_batches(
+    model: nn.Module, images: int, start: Optional[str] = None
+) -> None:
+    """Let the normalizations of ``model`` see ``images`` at a time.
+
+    Args:
+        model (nn.Module): Changed in place, in training mode only.
+        images (int): Images per normalization batch.
+        start (str | None): ``'corrected'`` lets BCN's estimates start as
+            averages, with the rate ``max(r, 1 / t)`` at forward t.
+            Default: None, the rate r throughout.
+    """
+    for module in model.modules():
+        if isinstance(module, BatchStatistics):
+            continue
+        if type(module) is BCN and module.estimate:
+            micro_batched = partial(_bcn, module, start=start)
+        elif type(module) is nn.BatchNorm2d:
+            micro_batched = partial(_bn, module)
+        elif isinstance(module, (_BatchNorm, nn.GroupNorm)):
+            if type(module) is nn.GroupNorm:
+                continue  # no image sees another
+            micro_batched = partial(_any, module)
+        else:
+            continue
+        module.forward = partial(
+            _forward, module, module.forward, micro_batched, images
+        )
+
+
+def _forward(module, forward, micro_batched, images: int, x: Tensor):
+    if not module.training:
+        return forward(x)
+    if len(x) % images:
+        raise ValueError(
+            f'A batch of {len(x)} images has no whole number of '
+            f'micro-batches of {images}.'
+        )
+    return micro_batched(x, images=images, forward=forward)
+
+
+def _any(module, x: Tensor, images: int, forward) -> Tensor:
+    return torch.cat([forward(part) for part in x.split(images)])
+
+
+def _bn(module, x: Tensor, images: int, forward) -> Tensor:
+    """One call for all micro-batches, as channels of their own."""
+    parts, channels = len(x) // images, x.shape[1]
+    y = x.unflatten(0, (parts, images)).transpose(0, 1).flatten(1, 2)
+    mean, var = x.new_zeros(2, parts * channels)
+    y = F.batch_norm(
+        y.contiguous(),
+        mean,
+        var,
+        module.weight.repeat(parts),
+        module.bias.repeat(parts),
+        training=True,
+        momentum=1.0,
+        eps=module.eps,
+    )
+    with torch.no_grad():
+        weights = _decay((module.momentum,) * parts).to(x)[-1]
+        for running, batch in (
+            (module.running_mean, mean),
+            (module.running_var, var),
+        ):
+            running.mul_(weights[0]).add_(
+                weights[1:] @ batch.view(parts, channels)
+            )
+        module.num_batches_tracked += parts
+    return y.unflatten(1, (parts, channels)).transpose(0, 1).flatten(0, 1)
+
+
+def _bcn(module, x: Tensor, images: int, forward, start) -> Tensor:
+    """The estimates of every micro-batch from one matrix product."""
+    mean, var = moments(x)
+    parts = len(x) // images
+    first = int(module.num_batches_tracked)
+    rates = [module.momentum] * parts
+    if module.momentum is None or start == 'corrected':
+        low = module.momentum or 0
+        rates = [max(low, 1 / (first + t + 1)) for t in range(parts)]
+    weights = _decay(tuple(rates)).to(mean)
+
+    def estimates(old, batch):
+        return torch.addmm(weights[:, :1] * old, weights[:, 1:], batch)
+
+    m, v = (t.unflatten(0, (parts, images)) for t in (mean, var))
+    means = estimates(module.running_mean, m.mean(1))
+    before = torch.cat([module.running_mean[None], means[:-1]])
+    squares = (v + (m - before[:, None]).square()).mean(1)
+    variances = estimates(module.running_var, squares)
+    module.running_mean.copy_(means[-1])
+    module.running_var.copy_(variances[-1])
+    module.num_batches_tracked += parts
+    return normalize(
+        x,
+        mean,
+        var,
+        partial(
+            batch_channel_coefficients,
+            running_mean=means.repeat_interleave(images, 0),
+            running_var=variances.repeat_interleave(images, 0),
+            num_groups=module.num_groups,
+            eps=module.eps,
+        ),
+        module.batch_weight,
+        module.batch_bias,
+        module.weight,
+        module.bias,
+    )
+
+
+@lru_cache(maxsize=64)
+def _decay(rates: tuple) -> Tensor:
+    """What each estimate is made of: the old one, then each batch.
+
+    Row t of the result weighs ``(old, batch_0, ..., batch_t)`` after the
+    update ``estimate += rates[t] * (batch_t - estimate)``.
+    """
+    row = torch.zeros(len(rates) + 1, dtype=torch.float64)
+    row[0] = 1
+    rows = []
+    for t, rate in enumerate(rates):
+        row = row * (1 - rate)
+        row[t + 1] = rate
+        rows.append(row)
+    return torch.stack(rows)

@@ -1,0 +1,159 @@
+"""A small ResNet of MMPretrain on digit scenes of 16x16."""
+
+import math
+from typing import Optional
+
+import mmpretrain.models  # noqa: F401  registers them
+import torch
+from mmengine.logging import MMLogger
+from mmpretrain.registry import MODELS
+from torch import nn
+
+import wsbcn_mm  # noqa: F401  registers its layers
+
+from ..methods import method_cfg
+from ..micro_batches import normalize_in_micro_batches
+from ..scenes import scenes
+
+DEFAULTS = dict(
+    batch_size=32,
+    steps=500,
+    warmup=20,
+    num_groups=8,
+    update_rate=None,
+    start=None,
+    channel_affine='group',
+    weight_decay=1e-4,
+    variation=1.0,
+    width=16,
+    zero_init=False,
+    evaluated=4000,
+    monitor=0,
+)
+
+
+def build_model(settings: dict) -> nn.Module:
+    """An ImageClassifier: ResNet of three stages of two blocks each."""
+    norm_cfg, conv_cfg = method_cfg(
+        settings['method'],
+        images=settings['images'],
+        batch_size=settings['batch_size'],
+        num_groups=settings['num_groups'],
+        update_rate=settings['update_rate'],
+        channel_affine=settings['channel_affine'],
+    )
+    if settings.get('average'):  # the cumulative average of all forwards
+        norm_cfg['momentum'] = None
+    width = settings['width']
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(
+                type='ResNet_CIFAR',
+                depth=18,
+                num_stages=3,
+                strides=(1, 2, 2),
+                dilations=(1, 1, 1),
+                out_indices=(2,),
+                zero_init_residual=settings['zero_init'],
+                stem_channels=width,
+                base_channels=width,
+                norm_cfg=norm_cfg,
+                conv_cfg=conv_cfg,
+            ),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(
+                type='LinearClsHead', num_classes=10, in_channels=4 * width
+            ),
+        )
+    )
+    MMLogger.get_current_instance().setLevel('WARNING')
+    model.init_weights()
+    return model
+
+
+def schedule(step: int, settings: dict) -> float:
+    """A linear warm-up, then a cosine to zero."""
+    warmup = min(1.0, (step + 1) / settings['warmup'])
+    return warmup * 0.5 * (1 + math.cos(math.pi * step / settings['steps']))
+
+
+def training_data(settings: dict, device: torch.device):
+    """Batches of one pass over as many new scenes as steps ask for."""
+    images, labels = scenes(
+        'train',
+        settings['steps'] * settings['batch_size'],
+        seed=1 + settings['seed'],
+        variation=settings['variation'],
+    )
+    size = settings['batch_size']
+    return zip(images.to(device).split(size), labels.to(device).split(size))
+
+
+def loss_of(model: nn.Module, images, labels):
+    """The classifier's own loss, without a data sample for each image."""
+    return model.head.loss_module(
+        model.head(model.extract_feat(images)), labels
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images, labels) -> dict:
+    """Accuracy in percent, and loss."""
+    model.eval()
+    scores = torch.cat(
+        [model.head(model.extract_feat(x)) for x in images.split(500)]
+    )
+    right = scores.argmax(1) == labels
+    return dict(
+        accuracy=100 * float(right.float().mean()),
+        test_loss=float(nn.functional.cross_entropy(scores, labels)),
+    )
+
+
+def run(settings: dict, on_step: Optional[callable] = None) -> dict:
+    """Train and evaluate.
+
+    Args:
+        settings (dict): ``method``, ``images``, ``lr``, ``seed``, ``split``
+            and what differs from ``DEFAULTS``.
+        on_step (callable | None): Called as ``on_step(step, model, images,
+            labels)`` before each step, which it must leave as it was.
+    """
+    settings = {**DEFAULTS, **settings}
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    torch.manual_seed(settings['seed'])
+    model = build_model(settings).to(device)
+    normalize_in_micro_batches(model, settings['images'], settings['start'])
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=settings['lr'],
+        momentum=0.9,
+        weight_decay=settings['weight_decay'],
+    )
+    model.train()
+    losses = []
+    for step, (images, labels) in enumerate(training_data(settings, device)):
+        for group in optimizer.param_groups:
+            group['lr'] = settings['lr'] * schedule(step, settings)
+        if on_step is not None:
+            on_step(step, model, images, labels)
+        loss = loss_of(model, images, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    test = scenes(
+        settings['split'],
+        settings['evaluated'],
+        seed=dict(val=10**6, test=10**6 + 1)[settings['split']],
+        variation=settings['variation'],
+    )
+    result = evaluate(model, *(t.to(device) for t in test))
+    # Means over tenths of the training; NaN is no JSON.
+    curve = [float(part.mean()) for part in losses.chunk(10)]
+    result['loss'] = [c if math.isfinite(c) else None for c in curve]
+    if not math.isfinite(result['test_loss']):
+        result['test_loss'] = None
+    return result
