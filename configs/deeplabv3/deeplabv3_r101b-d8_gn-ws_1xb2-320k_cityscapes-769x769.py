@@ -1,0 +1,7 @@
+_base_ = './deeplabv3_r50b-d8_gn-ws_1xb2-320k_cityscapes-769x769.py'
+model = dict(
+    backbone=dict(
+        depth=101,
+        init_cfg=dict(checkpoint='open-mmlab://jhu/resnet101_gn_ws'),
+    )
+)
