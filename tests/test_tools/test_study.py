@@ -1,0 +1,87 @@
+import json
+import os.path as osp
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmcv.cnn import build_conv_layer, build_norm_layer
+from torch import nn
+
+import wsbcn_mm  # noqa: F401
+
+STUDY = osp.join(osp.dirname(__file__), '..', '..', 'tools', 'study')
+sys.path.insert(0, STUDY)
+
+from study.cells import Grid, Store, cell_name  # noqa: E402
+from study.micro_batches import normalize_in_micro_batches  # noqa: E402
+
+
+def network(norm_cfg, conv_cfg=None):
+    torch.manual_seed(0)
+    layers = []
+    for channels in (3, 8, 8):
+        layers += [
+            build_conv_layer(conv_cfg, channels, 8, 3, padding=1),
+            build_norm_layer(norm_cfg, 8)[1],
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers).double()
+
+
+NORMS = dict(
+    bn=dict(type='BN'),
+    gn=dict(type='GN', num_groups=4),
+    bcn=dict(type='BCN', num_groups=4, momentum=0.07),
+    average=dict(type='BCN', num_groups=4, momentum=None),
+    large=dict(type='BCN', num_groups=4, estimate=False),
+    bgn=dict(type='BGN', num_groups=4),
+)
+
+
+@pytest.mark.parametrize('images', [1, 2, 6])
+@pytest.mark.parametrize('norm', NORMS)
+def test_micro_batches_equal_one_after_another(norm, images):
+    one_by_one = network(NORMS[norm], dict(type='ConvWS'))
+    at_once = network(NORMS[norm], dict(type='ConvWS'))
+    normalize_in_micro_batches(at_once, images)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):  # steps: estimates are carried over
+        x = torch.randn(6, 3, 5, 5, generator=generator).double()
+        x = 3 * x + 2
+        expected = torch.cat([one_by_one(part) for part in x.split(images)])
+        got = at_once(x)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+        for model, y in ((one_by_one, expected), (at_once, got)):
+            model.zero_grad()
+            (y**3).mean().backward()
+    for a, b in zip(at_once.parameters(), one_by_one.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-11)
+    for a, b in zip(at_once.buffers(), one_by_one.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    at_once.eval(), one_by_one.eval()
+    torch.testing.assert_close(at_once(x), one_by_one(x))
+
+
+def test_micro_batches_differ_from_a_large_batch():
+    small, large = network(NORMS['bn']), network(NORMS['bn'])
+    normalize_in_micro_batches(small, 1)
+    x = torch.randn(6, 3, 5, 5).double()
+    assert (small(x) - large(x)).abs().max() > 0.1
+
+
+def test_corrected_start_averages_first():
+    model = network(NORMS['bcn'])
+    normalize_in_micro_batches(model, 1, start='corrected')
+    x = torch.randn(6, 3, 5, 5).double() + 1
+    with torch.no_grad():
+        model(x)
+        first = model[0](x)
+    torch.testing.assert_close(model[1].running_mean, first.mean((0, 2, 3)))
+
+
+def test_micro_batches_refuse_a_remainder():
+    model = network(NORMS['bn'])
+    normalize_in_micro_batches(model, 4)
+    with pytest.raises(ValueError, match='6 images.*micro-batches of 4'):
+        model(torch.randn(6, 3, 5, 5).double())
