@@ -4,16 +4,16 @@ task = 'classification'
 common = dict(steps=300, batch_size=32, num_groups=8, variation=0.5)
 images = [1, 2, 4, 8, 16, 32]
 blocks = [
-    dict(method=['BN', 'BN+WS', 'BCN+WS'], images=images),
-    dict(method=['GN', 'GN+WS', 'BCN-large', 'BCN-large+WS'], images=32),
-    dict(method=['BCN', 'BN-slow', 'BGN', 'BGN+WS'], images=images),
+    dict(method=['BN', 'BCN+WS'], images=images),
+    dict(method=['GN', 'GN+WS', 'BCN-large+WS'], images=32),
+    dict(method=['BN+WS', 'BCN', 'BGN'], images=images),
     dict(method='MABN+CenConv', images=[2, 4, 8, 16, 32]),
 ]
 seeds = [0, 1, 2]
 
 # One learning rate for the smaller batches and one for the larger ones.
 tune = dict(
-    lr=[0.01, 0.03, 0.1, 0.3],
+    lr=[0.03, 0.1, 0.3],
     seeds=[100],
     at=dict(images={1: 2, 2: 2, 4: 2, 8: 32, 16: 32, 32: 32}),
 )

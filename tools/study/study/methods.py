@@ -19,9 +19,7 @@ def method_cfg(
     Args:
         method (str): ``'BN'``, ``'GN'``, ``'BCN'``, ``'BGN'`` or ``'MABN'``,
             with ``'+WS'`` or ``'+CenConv'`` for the convolutions.
-            ``'BCN-large'`` is BCN with the batch's own statistics;
-            ``'BN-slow'`` is BN whose running averages remember as many images
-            as those of BCN.
+            ``'BCN-large'`` is BCN with the batch's own statistics.
         images (int): Images per normalization batch.
         batch_size (int): Images per optimizer step.
         num_groups (int): Of GN, BCN and BGN. Default: 32
@@ -30,17 +28,19 @@ def method_cfg(
         channel_affine (str): BCN's.
     """
     norm, _, conv = method.partition('+')
-    slow = default_update_rate(images, batch_size)
-    rate = slow if update_rate is None else update_rate
+    if update_rate is None:
+        update_rate = default_update_rate(images, batch_size)
     bcn = dict(
-        type='BCN', num_groups=num_groups, channel_affine=channel_affine
+        type='BCN',
+        num_groups=num_groups,
+        momentum=update_rate,
+        channel_affine=channel_affine,
     )
     norms = {
         'BN': dict(type='BN'),
-        'BN-slow': dict(type='BN', momentum=slow),
         'GN': dict(type='GN', num_groups=num_groups),
-        'BCN': dict(bcn, momentum=rate),
-        'BCN-large': dict(bcn, estimate=False, momentum=slow),
+        'BCN': bcn,
+        'BCN-large': dict(bcn, estimate=False),
         'BGN': dict(type='BGN', num_groups=num_groups),
         'MABN': dict(
             type='MABN', batch_size=images, simulated_batch_size=batch_size
