@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import Processes
 
 
 class Vectors:
@@ -43,3 +44,11 @@ def vectors():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def processes():
+    """Two processes in a gloo group, for all tests that need some."""
+    processes = Processes(2)
+    yield processes
+    processes.close()

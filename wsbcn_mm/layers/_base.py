@@ -6,6 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from .batch_statistics import BatchStatistics
 from .checkpoint_names import CheckpointNames
 
 
@@ -91,6 +92,12 @@ class NormBase(CheckpointNames, nn.GroupNorm):
         )
         self.num_features = num_features
         self.affine = True
+
+    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
+        # The way of convert_sync_batchnorm and of revert_sync_batchnorm.
+        if name == 'batch_statistics':
+            module = BatchStatistics.in_place_of(module)
+        super().add_module(name, module)
 
     def check_input(self, x: Tensor) -> None:
         """Raise unless ``x`` is what this layer normalizes."""

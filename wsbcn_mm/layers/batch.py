@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..functional import batch_statistics
+from .batch_statistics import SharedBatchStatistics
 
 
 class Batch:
@@ -131,16 +132,16 @@ def shared_group(switch: nn.Module):
     """The processes that a layer shares its batches with, or None.
 
     Args:
-        switch (nn.Module): The layer's ``batch_statistics``: shared where it
-            is, or ``convert_sync_batchnorm`` has made it, a SyncBatchNorm.
+        switch (nn.Module): The layer's ``batch_statistics``.
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if (
+        not isinstance(switch, SharedBatchStatistics)
+        or not dist.is_available()
+        or not dist.is_initialized()
+    ):
         return None
-    for name in ('process_group', 'group'):  # torch's name and mmcv's
-        if hasattr(switch, name):
-            group = getattr(switch, name) or dist.group.WORLD
-            return group if dist.getdist.get_world_size(group) > 1 else None
-    return None
+    group = switch.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def batch_of(

@@ -1,6 +1,14 @@
 """How the ecosystem's switches for Batch Normalization reach a layer."""
 
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+try:
+    from mmcv.ops import SyncBatchNorm as MMSyncBatchNorm
+except ImportError:  # an mmcv without ops
+
+    class MMSyncBatchNorm(nn.Module):
+        pass
 
 
 class BatchStatistics(_BatchNorm):
@@ -13,14 +21,47 @@ class BatchStatistics(_BatchNorm):
     - ``norm_eval=True`` of a backbone calls ``eval()`` on it: the estimates
       are frozen.
     - ``convert_sync_batchnorm`` (``sync_bn`` of mmengine's Runner) replaces it
-      by a ``SyncBatchNorm``: statistics are shared between processes.
+      by a ``SyncBatchNorm``: the layer puts a :class:`SharedBatchStatistics`
+      there, and statistics are shared between processes.
     """
 
     def __init__(self):
         super().__init__(0, affine=False, track_running_stats=False)
+
+    @staticmethod
+    def in_place_of(module: nn.Module) -> 'BatchStatistics':
+        """What a layer has for what a tool wants to be its child."""
+        if isinstance(module, BatchStatistics):
+            return module
+        if isinstance(module, nn.SyncBatchNorm):
+            mine = SharedBatchStatistics(module.process_group)
+        elif isinstance(module, MMSyncBatchNorm):
+            mine = SharedBatchStatistics(module.group)
+        else:
+            mine = BatchStatistics()
+        return mine.train(module.training)
 
     def _check_input_dim(self, input):
         raise RuntimeError('BatchStatistics normalizes nothing.')
 
     def extra_repr(self) -> str:
         return ''
+
+
+class SharedBatchStatistics(MMSyncBatchNorm, BatchStatistics):
+    """The same where statistics are shared between processes.
+
+    ``revert_sync_batchnorm`` looks for SyncBatchNorm modules of torch or
+    mmcv. This is one of mmcv's, because DistributedDataParallel refuses to
+    run torch's without a GPU.
+
+    Args:
+        process_group (ProcessGroup | None): The processes. Default: None, all.
+    """
+
+    def __init__(self, process_group=None):
+        BatchStatistics.__init__(self)
+        self.process_group = process_group
+
+    forward = BatchStatistics.forward
+    __repr__ = BatchStatistics.__repr__

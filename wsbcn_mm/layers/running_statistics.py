@@ -54,9 +54,10 @@ class RunningStatistics:
             rate = self.num_batches_tracked.to(mean.dtype).reciprocal()
         new_mean, new_var = updated_estimates(
             **self._estimates(mean.dtype),
-            mean=mean,
-            var=var,
-            rate=rate * is_filled,
+            # NaN for an empty batch, which leaves the estimates alone.
+            mean=mean / is_filled,
+            var=var / is_filled,
+            rate=rate,
         )
         self.running_mean.copy_(new_mean)
         self.running_var.copy_(new_var)

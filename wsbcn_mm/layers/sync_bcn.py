@@ -1,6 +1,6 @@
 from mmengine.registry import MODELS
-from torch import nn
 
+from .batch_statistics import SharedBatchStatistics
 from .bcn import BCN
 
 
@@ -44,6 +44,4 @@ class SyncBCN(BCN):
 
     def __init__(self, *args, process_group=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.batch_statistics = nn.SyncBatchNorm.convert_sync_batchnorm(
-            self.batch_statistics, process_group
-        )
+        self.batch_statistics = SharedBatchStatistics(process_group)
