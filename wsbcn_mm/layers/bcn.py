@@ -20,6 +20,7 @@ from ._base import (
 )
 from .batch import Batch, batch_of
 from .batch_statistics import BatchStatistics
+from .checkpoint_layouts import translate_to_bcn
 from .running_statistics import RunningStatistics
 
 
@@ -188,47 +189,5 @@ class BCN(RunningStatistics, NormBase):
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        self._translate(state_dict, prefix)
+        translate_to_bcn(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _translate(self, state_dict, prefix: str) -> None:
-        """Rewrite the keys of another normalization's checkpoint in place."""
-        own = {k: prefix + k for k in self.state_dict()}
-        found = {k for k, key in own.items() if key in state_dict}
-        if f'{prefix}bn.running_mean' in state_dict:  # the authors' BCN
-            for old, new in (
-                ('weight', 'batch_weight'),
-                ('bias', 'batch_bias'),
-                ('running_mean', 'running_mean'),
-                ('running_var', 'running_var'),
-                ('num_batches_tracked', 'num_batches_tracked'),
-            ):
-                old = f'{prefix}bn.{old}'
-                if old in state_dict:
-                    state_dict[own[new]] = state_dict.pop(old)
-            # The update rate is the optimizer's business, not the function's.
-            state_dict.pop(f'{prefix}bn.estbn_moving_speed', None)
-            for name in ('weight', 'bias'):
-                state_dict[own[name]] = state_dict[own[name]].flatten()
-        elif 'weight' not in found or 'batch_weight' in found:
-            return
-        elif 'running_mean' in found:  # BN: its affine is the batch part's
-            for name in ('weight', 'bias'):
-                state_dict[own[f'batch_{name}']] = state_dict.pop(own[name])
-            state_dict[own['weight']] = torch.ones_like(self.weight)
-            state_dict[own['bias']] = torch.zeros_like(self.bias)
-        else:  # GN: a batch part that leaves its input as it is
-            state_dict[own['batch_weight']] = torch.ones_like(
-                self.batch_weight
-            )
-            state_dict[own['batch_bias']] = torch.zeros_like(self.batch_bias)
-            state_dict[own['running_mean']] = torch.zeros_like(
-                self.running_mean
-            )
-            state_dict[own['running_var']] = torch.full_like(
-                self.running_var, 1 - self.eps
-            )
-        state_dict.setdefault(
-            own['num_batches_tracked'],
-            torch.zeros_like(self.num_batches_tracked),
-        )

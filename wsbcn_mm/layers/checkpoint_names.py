@@ -1,13 +1,29 @@
-"""Find a normalization's keys in a checkpoint under the name it had there.
+"""Find a layer's keys in a checkpoint under the name they have there.
 
 The MM libraries name a normalization after its type: ``bn1`` in a BN
 checkpoint, ``gn1`` in a GN one, ``bcn1`` here. A layer cannot see its own
 name, and when its keys are looked up those of a sibling name are out of its
-sight, so its parent gets a hook that renames them.
+sight, so its parent gets hooks that rename them. They also record which
+convolutions standardize their weight, since a checkpoint's keys do not show
+it, and compare that with the model that loads it. The module that a loading
+begins at prints what came of it.
 """
 
+import weakref
+
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_module_registration_hook
+
+from .checkpoint_report import (
+    PLAIN_INTO_STANDARDIZED,
+    STANDARDIZED_INTO_PLAIN,
+    begin_report,
+    current_report,
+    end_report,
+)
+
+RECORD = 'standardized_weights'
 
 
 class CheckpointNames:
@@ -23,7 +39,31 @@ class CheckpointNames:
     checkpoint_abbrs = ('bcn', 'bn', 'gn', 'mabn', 'bgn', 'norm')
 
 
-def _rename(parent, state_dict, prefix, *args) -> None:
+def _standardizes(module) -> bool:
+    return hasattr(type(module), 'standardized_weight')
+
+
+_root = None  # the module that a loading began at
+
+
+def _before_loading(parent, state_dict, prefix, local_metadata, *args):
+    global _root
+    if prefix == '':
+        _root = weakref.ref(parent)
+        begin_report()
+    _rename(parent, state_dict, prefix)
+    _compare_weights(parent, state_dict, prefix, local_metadata)
+
+
+def _after_loading(parent, incompatible_keys) -> None:
+    global _root
+    if _root is not None and _root() is parent:
+        current_report().finish(*incompatible_keys)
+        end_report()
+        _root = None
+
+
+def _rename(parent, state_dict, prefix: str) -> None:
     """Rename ``bn1.*`` and the like to what ``parent`` calls it."""
     for name, child in parent._modules.items():
         if not (
@@ -43,22 +83,52 @@ def _rename(parent, state_dict, prefix, *args) -> None:
                 state_dict[new + key[len(old) :]] = state_dict.pop(key)
 
 
+def _record_weights(parent, state_dict, prefix, local_metadata) -> None:
+    """Note in a checkpoint which convolutions standardize their weight."""
+    local_metadata[RECORD] = [
+        name for name, m in parent._modules.items() if _standardizes(m)
+    ]
+
+
+def _compare_weights(parent, state_dict, prefix, local_metadata) -> None:
+    if not any(
+        isinstance(m, CheckpointNames) or _standardizes(m)
+        for m in parent._modules.values()
+    ):
+        return
+    record = local_metadata.get(RECORD)
+    report = current_report()
+    for name, child in parent._modules.items():
+        weight = state_dict.get(f'{prefix}{name}.weight')
+        if not isinstance(child, _ConvNd) or weight is None:
+            continue
+        standardizes = _standardizes(child)
+        if record is None:
+            report.add_weight(weight, standardizes)
+        elif (name in record) and not standardizes:
+            report.mismatch(STANDARDIZED_INTO_PLAIN, prefix + name)
+        elif standardizes and name not in record:
+            report.mismatch(PLAIN_INTO_STANDARDIZED, prefix + name)
+
+
 def _on_registration(parent: nn.Module, name: str, child) -> None:
     # Looked up in __dict__: wrappers forward attributes they do not have yet.
     if (
         isinstance(child, CheckpointNames)
-        and '_renames_norms' not in parent.__dict__
-    ):
-        parent.__dict__['_renames_norms'] = True
-        parent.register_load_state_dict_pre_hook(_rename)
+        or _standardizes(child)
+        or (child is not None and '_checkpoint_hooks' in child.__dict__)
+    ) and '_checkpoint_hooks' not in parent.__dict__:
+        parent.__dict__['_checkpoint_hooks'] = [
+            parent.register_load_state_dict_pre_hook(_before_loading),
+            parent.register_load_state_dict_post_hook(_after_loading),
+            parent._register_state_dict_hook(_record_weights),
+        ]
 
 
 def forget_names(parent: nn.Module) -> None:
-    """Undo what registering a normalization of ours did to its parent."""
-    if parent.__dict__.pop('_renames_norms', False):
-        hooks = parent._load_state_dict_pre_hooks
-        for key in [k for k, h in hooks.items() if h.hook is _rename]:
-            del hooks[key]
+    """Undo what registering a layer of ours did to its parent."""
+    for handle in parent.__dict__.pop('_checkpoint_hooks', ()):
+        handle.remove()
 
 
 register_module_module_registration_hook(_on_registration)

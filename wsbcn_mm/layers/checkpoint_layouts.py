@@ -1,0 +1,110 @@
+"""Read other normalizations' checkpoints as BCN's."""
+
+from typing import Dict
+
+import torch
+from torch import Tensor
+
+from .checkpoint_report import current_report
+
+ESTIMATES = ('running_mean', 'running_var')
+AFFINE = ('weight', 'bias')
+AFFINE_AVERAGED = (
+    'A checkpoint with one output affine for each channel is loaded into BCN '
+    "with channel_affine='group': the affines of a group are averaged, so "
+    "the outputs are not those of the checkpoint. Set channel_affine='channel'"
+    ' in norm_cfg to keep them.'
+)
+
+
+def translate_to_bcn(layer, state_dict: Dict[str, Tensor], prefix: str):
+    """Rewrite a layer's part of a checkpoint in place.
+
+    Understood are the authors' BCN, and BN, BGN, MABN and GN.
+
+    Args:
+        layer (BCN): The layer that is to load it.
+        state_dict (dict[str, Tensor]): The checkpoint.
+        prefix (str): What its keys begin with.
+    """
+    found = {
+        key[len(prefix) :]: value
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    }
+    if 'batch_weight' not in found and 'weight' in found:
+        if 'bn.running_mean' in found:
+            new, what = _from_authors(found), "the authors' BCN"
+        elif 'running_mean' in found and 'bias' in found:
+            new = _from_batch_norm(layer, found)
+            what = (
+                'BN, into the batch part (the channel part is new, so the '
+                'outputs are not those of the checkpoint until it is trained)'
+            )
+        elif 'running_var' in found and 'bias' in found:
+            found['running_mean'] = torch.zeros_like(found['running_var'])
+            new = _from_batch_norm(layer, found)
+            what = 'MABN, into the batch part (the channel part is new)'
+        elif 'bias' in found:
+            new = _from_group_norm(layer, found)
+            what = 'GN, into the channel part (the outputs stay the same)'
+        else:
+            return
+        current_report().take(what, prefix)
+        for name in found:
+            state_dict.pop(prefix + name, None)
+        state_dict.update({prefix + k: v for k, v in new.items()})
+    _fit_affine(layer, state_dict, prefix)
+
+
+def _from_authors(found):
+    new = {f'batch_{name}': found[f'bn.{name}'] for name in AFFINE}
+    new.update({name: found[f'bn.{name}'] for name in ESTIMATES})
+    # Their update rate is the optimization's business, not the function's.
+    new.update({name: found[name].flatten() for name in AFFINE})
+    tracked = found.get('bn.num_batches_tracked')
+    new['num_batches_tracked'] = _count(tracked)
+    return new
+
+
+def _from_batch_norm(layer, found):
+    new = {f'batch_{name}': found[name] for name in AFFINE}
+    for name in ESTIMATES:  # BGN's are those of groups
+        repeats = layer.num_features // max(len(found[name]), 1)
+        new[name] = found[name].repeat_interleave(max(repeats, 1))
+    new['weight'] = torch.ones_like(layer.weight)
+    new['bias'] = torch.zeros_like(layer.bias)
+    new['num_batches_tracked'] = _count(found.get('num_batches_tracked'))
+    return new
+
+
+def _from_group_norm(layer, found):
+    """A batch part that leaves its input as it is."""
+    return dict(
+        {name: found[name] for name in AFFINE},
+        batch_weight=torch.ones_like(layer.batch_weight),
+        batch_bias=torch.zeros_like(layer.batch_bias),
+        running_mean=torch.zeros_like(layer.running_mean),
+        running_var=torch.full_like(layer.running_var, 1 - layer.eps),
+        num_batches_tracked=_count(None),
+    )
+
+
+def _count(tracked) -> Tensor:
+    return torch.tensor(0) if tracked is None else tracked
+
+
+def _fit_affine(layer, state_dict, prefix: str) -> None:
+    """Between one output affine a group and one a channel."""
+    for name in AFFINE:
+        key, own = prefix + name, len(getattr(layer, name))
+        value = state_dict.get(key)
+        if value is None or value.dim() != 1 or len(value) == own:
+            continue
+        if len(value) == layer.num_groups:
+            state_dict[key] = value.repeat_interleave(own // len(value))
+        elif len(value) == layer.num_features:
+            groups = value.view(own, -1)
+            state_dict[key] = groups.mean(1)
+            if not torch.equal(groups, groups[:, :1].expand_as(groups)):
+                current_report().mismatch(AFFINE_AVERAGED, key)
