@@ -1,0 +1,9 @@
+_base_ = './deeplabv3plus_r18-slim_bn_1xb1-4k_digits-128x128.py'
+
+from wsbcn_mm import micro_batch_model
+
+# Few channels, so few groups. Each image is an update here; the estimates
+# remember the last hundred.
+model = micro_batch_model(
+    _base_.model, norm_cfg=dict(type='BCN', num_groups=4, momentum=0.01)
+)

@@ -1,0 +1,10 @@
+_base_ = './mask-rcnn_r18-slim_fpn_bn_1xb1-5e_digits.py'
+
+from wsbcn_mm import micro_batch_model
+
+# Few channels, so few groups. Each image is an update here; the estimates
+# remember the last hundred.
+model = micro_batch_model(
+    _base_.model, norm_cfg=dict(type='BCN', num_groups=4, momentum=0.01)
+)
+model.roi_head.bbox_head.conv_out_channels = 64

@@ -1,0 +1,71 @@
+"""Train with any config of MMDetection, MMSegmentation or MMPretrain."""
+
+import argparse
+
+import wsbcn_mm  # noqa: F401  registers the layers and the compatibility
+from wsbcn_mm.engine.command_line import (
+    UsageError,
+    add_common_arguments,
+    build_runner,
+    check_checkpoint,
+    check_datasets,
+    load_config,
+    run,
+)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description='Train a model')
+    parser.add_argument('config', help='train config file path')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='a checkpoint to resume from, or none to resume from the '
+        'latest in the work directory',
+    )
+    parser.add_argument(
+        '--amp',
+        action='store_true',
+        help='train with automatic mixed precision',
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate with the batch size',
+    )
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    cfg = load_config(args)
+    if args.amp:
+        kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+        if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+            raise UsageError(
+                f'--amp replaces an OptimWrapper; optim_wrapper of the '
+                f'config is a {kind}.'
+            )
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+            raise UsageError(
+                '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size='
+                '...) in the config: the batch size that its learning rate '
+                'is for.'
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if cfg.get('load_from') is not None:
+        check_checkpoint(cfg.load_from)
+    check_datasets(cfg, 'train_dataloader', 'val_dataloader')
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    run(main)
