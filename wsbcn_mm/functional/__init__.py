@@ -11,16 +11,20 @@ from .coefficients import (
 )
 from .engine import moments, normalize
 from .mabn import moving_average_coefficients
+from .shared_weight import SharedWeight
+from .transforms import is_transformed
 from .weight import standardize_weight
 from .weight_normalization import centralize_weight, normalize_weight
 
 __all__ = [
+    'SharedWeight',
     'batch_channel_coefficients',
     'batch_group_coefficients',
     'batch_statistics',
     'centralize_weight',
     'group_coefficients',
     'group_statistics',
+    'is_transformed',
     'large_batch_channel_coefficients',
     'moments',
     'moving_average_coefficients',

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .transforms import is_transformed
 
 Coefficients = Callable[..., Tuple[Tensor, Tensor]]
 
@@ -81,8 +82,7 @@ def normalize(
         >>> torch.allclose(y, torch.nn.functional.instance_norm(x), atol=1e-5)
         True
     """
-    if torch.compiler.is_compiling():
-        # The compiler fuses the definition itself.
+    if is_transformed(x, *parameters):
         return _definition(x, coefficients, *parameters)
     if torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, *parameters)

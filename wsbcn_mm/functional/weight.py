@@ -1,7 +1,12 @@
-"""Functions of convolution weights: their coefficients, and the weights."""
+"""Functions of convolution weights."""
+
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
+
+from . import kernels
+from .transforms import is_transformed
 
 
 def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -23,124 +28,89 @@ def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
     Shape:
         - weight, result: :math:`(C_{out}, C_{in} / groups, *)`
 
+    Raises:
+        ValueError: If a filter has fewer than two weights.
+
     Example:
         >>> weight = standardize_weight(torch.randn(8, 4, 3, 3))
         >>> bool(weight.flatten(1).std(1).sub(1).abs().max() < 1e-3)
         True
     """
-    if torch.compiler.is_compiling():
+    if weight.dim() < 2 or weight[0].numel() < 2:
+        raise ValueError(
+            'standardize_weight: a filter needs at least two weights to have '
+            f'a standard deviation, got a weight of shape '
+            f'{tuple(weight.shape)}'
+        )
+    if is_transformed(weight):
         return _definition(weight, eps)
     return _StandardizeWeight.apply(weight, eps)
 
 
-def _moments(weight: Tensor):
+def _definition(weight: Tensor, eps: float) -> Tensor:
     rows = _rows(weight)
     centered = rows - rows.mean(1, keepdim=True)
-    return centered, centered.square().sum(1, keepdim=True) / (
-        rows.shape[1] - 1
-    )
-
-
-def _definition(weight: Tensor, eps: float) -> Tensor:
-    centered, var = _moments(weight)
+    var = centered.square().sum(1, keepdim=True) / (rows.shape[1] - 1)
     # The square root has no gradient at 0: a constant filter takes none.
     positive = var > 0
     std = torch.where(positive, var, 1).sqrt() * positive
-    return (centered / (std + eps)).view_as(weight).to(weight.dtype)
+    return (centered / (std + eps)).view(weight.shape).to(weight.dtype)
 
 
 class _StandardizeWeight(torch.autograd.Function):
+    """The passes of the activations' engine: filters are its channels."""
+
     @staticmethod
     def forward(ctx, weight, eps):
-        ctx.save_for_backward(weight)
+        rows = _memory_rows(weight)
+        kernel = kernels.select(rows)
+        mean, var = kernel.moments(rows)
+        std = (var * (rows.shape[2] / (rows.shape[2] - 1))).sqrt_()
+        inverse = (std + eps).reciprocal_()
+        result = kernel.affine(rows, mean, inverse, torch.zeros_like(mean))
+        ctx.save_for_backward(weight, mean, std, inverse)
         ctx.eps = eps
-        return _definition(weight, eps)
+        return _unflatten(result, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        (weight,) = ctx.saved_tensors
+        weight, mean, std, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
             return torch.autograd.grad(
                 _definition(weight, ctx.eps), weight, grad, create_graph=True
             )[0], None
-        centered, var = _moments(weight)
-        std = var.sqrt()
-        inverse = 1 / (std + ctx.eps)
-        g = grad.flatten(1).to(centered.dtype) * inverse
+        rows = _memory_rows(weight)
+        grad = _memory_rows(grad, like=weight)
+        kernel = kernels.select(rows)
+        count = rows.shape[2]
+        total, product = kernel.reduce(grad, rows, mean)
         # d std = <centered, d centered> / (std * (fan_in - 1))
-        slope = (
-            (g * centered).sum(1, keepdim=True)
-            * inverse
-            / (std * (centered.shape[1] - 1))
+        slope = -product * inverse.square() / (std * (count - 1))
+        slope = torch.where(std > 0, slope, 0)
+        result = kernel.input_grad(
+            grad, rows, mean, inverse, slope, inverse * total / -count
         )
-        slope = torch.where(var > 0, slope, 0)
-        g = g - g.mean(1, keepdim=True) - slope * centered
-        return g.view_as(weight).to(weight.dtype), None
+        return _unflatten(result, weight), None
 
 
-def centralize_weight(weight: Tensor) -> Tensor:
-    r"""Subtract the mean of every output channel.
-
-    .. math::
-        \hat W_o = W_o - \mathrm{mean}(W_o)
-
-    As in `Towards Stabilizing Batch Statistics in Backward Propagation of
-    Batch Normalization <https://arxiv.org/abs/2001.06838>`_.
-
-    Args:
-        weight (Tensor): A convolution's weight.
-
-    Shape:
-        - weight, result: :math:`(C_{out}, C_{in} / groups, *)`
-
-    Example:
-        >>> weight = centralize_weight(torch.randn(8, 4, 3, 3))
-        >>> bool(weight.flatten(1).mean(1).abs().max() < 1e-6)
-        True
-    """
-    centered = _rows(weight)
-    centered = centered - centered.mean(1, keepdim=True)
-    return centered.view(weight.shape).to(weight.dtype)
+def _layout(weight: Tensor) -> Tuple[int, ...]:
+    """The order of dimensions in memory, the filters first."""
+    order = range(1, weight.dim())
+    return (0, *sorted(order, key=lambda d: (-weight.stride(d), d)))
 
 
-def normalize_weight(
-    weight: Tensor, gain: Tensor, eps: float = 1e-5, centered: bool = False
-) -> Tensor:
-    r"""Weight Normalization of every output channel.
+def _memory_rows(weight: Tensor, like: Optional[Tensor] = None) -> Tensor:
+    """Filters as the channels of activations, a view in any layout."""
+    order = _layout(weight if like is None else like)
+    return weight.permute(order).flatten(1)[None]
 
-    .. math::
-        \hat W_o = g_o \frac{V_o}{\max(\|V_o\|, \epsilon)}
 
-    with :math:`V = W`, as in `Weight Normalization
-    <https://arxiv.org/abs/1602.07868>`_, or :math:`V_o = W_o -
-    \mathrm{mean}(W_o)`, as in `Centered Weight Normalization
-    <https://openaccess.thecvf.com/content_iccv_2017/html/
-    Huang_Centered_Weight_Normalization_ICCV_2017_paper.html>`_. The smallest
-    norm gives a filter of zeros a finite gradient.
-
-    Args:
-        weight (Tensor): A convolution's weight.
-        gain (Tensor): :math:`g`, shape (C_out,).
-        eps (float): The smallest norm to divide by. Default: 1e-5
-        centered (bool): Whether to subtract means first. Default: False
-
-    Shape:
-        - weight, result: :math:`(C_{out}, C_{in} / groups, *)`
-
-    Example:
-        >>> weight = normalize_weight(torch.randn(8, 4, 3, 3), torch.ones(8))
-        >>> bool(weight.flatten(1).norm(dim=1).sub(1).abs().max() < 1e-6)
-        True
-    """
-    rows = _rows(weight)
-    if centered:
-        rows = rows - rows.mean(1, keepdim=True)
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    scale = gain.to(rows.dtype).view(-1, 1) / norm.clamp(min=eps)
-    return (rows * scale).view(weight.shape).to(weight.dtype)
+def _unflatten(rows: Tensor, weight: Tensor) -> Tensor:
+    order = _layout(weight)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return rows.view([weight.shape[d] for d in order]).permute(inverse)
 
 
 def _rows(weight: Tensor) -> Tensor:
     """One filter a row, in the dtype of statistics."""
-    flat = weight.flatten(1)
-    return flat if flat.dtype == torch.float64 else flat.float()
+    return weight.flatten(1).to(kernels.statistics_dtype(weight.dtype))

@@ -1,10 +1,27 @@
 """What convolutions with a function of their weight share."""
 
+import weakref
+from typing import Any, Callable, Dict, Tuple
+
+import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from ..functional import SharedWeight, is_transformed
 
 
 class ConvBase:
     """Mixin for a convolution that is done with a function of its weight.
+
+    The function is computed once where it can be: in training for the calls
+    of one step, as those of a head that several levels share, and in
+    evaluation until a parameter changes. A change is seen by autograd's
+    version counter and the memory's address, which tell of optimizer steps,
+    ``load_state_dict``, ``.to()`` and every in-place edit but one through
+    ``parameter.data``. For those a backward pass, ``train()`` and ``eval()``
+    start afresh: optimizers may hide their steps, and MMEngine, which swaps
+    parameters for their moving average so, calls one of them after. Whoever
+    edits ``parameter.data`` between two calls in evaluation must do so too.
 
     Attributes:
         min_fan_in (int): How many weights the smallest filter has that the
@@ -23,9 +40,97 @@ class ConvBase:
                 'a plain convolution here.'
             )
 
+    def weight_function(
+        self,
+    ) -> Tuple[Callable[..., Tensor], Tuple[Tensor, ...], Dict[str, Any]]:
+        """What to compute the weight with.
+
+        Returns:
+            tuple: A pure function, its tensors, and its other arguments.
+        """
+        raise NotImplementedError
+
     def standardized_weight(self) -> Tensor:
         """The weight that the convolution is done with."""
-        raise NotImplementedError
+        function, tensors, settings = self.weight_function()
+        if is_transformed(*tensors) or not all(
+            # Not in the place of a parameter, as functional_call puts it.
+            type(t) is Parameter and not t.is_inference() and not t.is_meta
+            for t in tensors
+        ):
+            return function(*tensors, **settings)
+        dtype = self._working_dtype()
+        # An address is not used again while the shared weight is kept: it
+        # holds on to the parameter's memory.
+        key = (
+            dtype,
+            settings,
+            [
+                (
+                    t.data_ptr(),
+                    t._version,
+                    t.requires_grad,
+                    t.dtype,
+                    t.stride(),
+                )
+                for t in tensors
+            ],
+        )
+        known, shared = self.__dict__.get('_shared_weight', (None, None))
+        if isinstance(shared, weakref.ref):
+            shared = shared()
+        if shared is None or known != key or not shared.is_open:
+            shared = SharedWeight(
+                lambda *tensors: function(*tensors, **settings).to(dtype),
+                *tensors,
+            )
+            # In training the graphs keep it, and nothing else.
+            is_trained = self.training and shared.value.requires_grad
+            self.__dict__['_shared_weight'] = (
+                key,
+                weakref.ref(shared) if is_trained else shared,
+            )
+        return shared(*tensors)
+
+    def _working_dtype(self) -> torch.dtype:
+        """That of the convolution: autocast then casts nothing more."""
+        device, dtype = self.weight.device.type, self.weight.dtype
+        if torch.is_autocast_enabled(device) and dtype == torch.float32:
+            return torch.get_autocast_dtype(device)
+        return dtype
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.standardized_weight(), self.bias)
+
+    def register_parameter(self, name: str, param) -> None:
+        # fuse_conv_bn gives the convolution a bias, and a scale that the
+        # function of the weight would take out again: wrong outputs.
+        if (
+            name == 'bias'
+            and param is not None
+            and 'bias' in self._parameters
+            and self.bias is None
+        ):
+            raise RuntimeError(
+                f'{type(self).__name__}: a normalization is being fused into '
+                'the raw weight of this convolution, which standardizes its '
+                'weight: the outputs would be wrong. Load the model again and '
+                'use wsbcn_mm.fold_for_inference(model) instead.'
+            )
+        super().register_parameter(name, param)
+
+    def _forget(self) -> None:
+        self.__dict__.pop('_shared_weight', None)
+
+    def train(self, mode: bool = True):
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state.pop('_shared_weight', None)
+        return state

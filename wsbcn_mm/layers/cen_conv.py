@@ -1,5 +1,5 @@
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
 from ..functional import centralize_weight
 from ._conv_base import ConvBase
@@ -37,6 +37,5 @@ class CenConv(ConvBase, nn.Conv2d):
         torch.Size([1, 128, 8, 8])
     """
 
-    def standardized_weight(self) -> Tensor:
-        """The weight that the convolution is done with."""
-        return centralize_weight(self.weight)
+    def weight_function(self):
+        return centralize_weight, (self.weight,), {}

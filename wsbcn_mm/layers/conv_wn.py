@@ -1,7 +1,7 @@
 import math
 
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
 from ..functional import normalize_weight
 from ._base import check_eps
@@ -29,11 +29,9 @@ class _WeightNormalization(ConvBase):
         if hasattr(self, 'gain'):
             nn.init.constant_(self.gain, INITIAL_GAIN)
 
-    def standardized_weight(self) -> Tensor:
-        """The weight that the convolution is done with."""
-        return normalize_weight(
-            self.weight, self.gain, self.eps, centered=self.centered
-        )
+    def weight_function(self):
+        settings = dict(eps=self.eps, centered=self.centered)
+        return normalize_weight, (self.weight, self.gain), settings
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, eps={self.eps}'

@@ -1,50 +1,21 @@
 import mmcv.cnn  # noqa: F401  registers its ConvWS, which ours replaces
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
 from ..functional import standardize_weight
 from ._base import check_eps
+from ._conv_base import ConvBase
 
 
-class _WeightStandardization:
+class _WeightStandardization(ConvBase):
     """Mixin for a convolution that standardizes its weight."""
 
     def __init__(self, *args, eps: float = 1e-5, **kwargs):
         super().__init__(*args, **kwargs)
-        name = type(self).__name__
-        self.eps = check_eps(name, eps)
-        fan_in = self.weight[0].numel()
-        if fan_in < 2:
-            raise ValueError(
-                f'{name}: a filter of one weight has no standard deviation; '
-                f'got in_channels={self.in_channels}, groups={self.groups}, '
-                f'kernel_size={self.kernel_size}. Use a plain convolution '
-                'here.'
-            )
+        self.eps = check_eps(type(self).__name__, eps)
 
-    def standardized_weight(self) -> Tensor:
-        """The weight that the convolution is done with."""
-        return standardize_weight(self.weight, self.eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.standardized_weight(), self.bias)
-
-    def register_parameter(self, name: str, param) -> None:
-        # fuse_conv_bn gives the convolution a bias, and a scale that
-        # standardization would take out again: wrong outputs.
-        if (
-            name == 'bias'
-            and param is not None
-            and 'bias' in self._parameters
-            and self.bias is None
-        ):
-            raise RuntimeError(
-                f'{type(self).__name__}: a normalization is being fused into '
-                'the raw weight of this convolution, which standardizes its '
-                'weight: the outputs would be wrong. Load the model again and '
-                'use wsbcn_mm.fold_for_inference(model) instead.'
-            )
-        super().register_parameter(name, param)
+    def weight_function(self):
+        return standardize_weight, (self.weight,), dict(eps=self.eps)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, eps={self.eps}'

@@ -13,14 +13,17 @@ has shape (N, C, *), the small tensors have shape (N, C) and the dtype that
 
 import torch
 
-from . import plain
+from ..transforms import is_transformed
+from . import cpu, plain
+from .plain import statistics_dtype
 
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision keeps its statistics in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+__all__ = ['cpu', 'plain', 'select', 'statistics_dtype']
 
 
 def select(x: torch.Tensor):
     """The fastest backend for ``x``."""
+    if is_transformed(x) or x.numel() == 0:
+        return plain
+    if x.device.type == 'cpu':
+        return cpu
     return plain

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision keeps its statistics in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _statistics(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(statistics_dtype(x.dtype))
 
 
 def _spatial(x: Tensor) -> Tuple[int, ...]:

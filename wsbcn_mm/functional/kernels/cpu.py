@@ -1,0 +1,176 @@
+"""Native CPU operations: vectorized sweeps, and pieces that fit the cache.
+
+BatchNorm's native operations, handed (1, N * C, L) views and our own numbers
+in place of the statistics, take the sums and apply the affine of contiguous
+activations in one sweep each. They multiply before they subtract, which is
+safe unless a mean is large against the spread.
+
+For the rest, elementwise operations follow each other over pieces of a few
+megabytes: the first one alone reads memory and the last one alone writes it,
+so that this too is one pass. Activations are seen as (rows, positions,
+lanes): (N * C, L, 1) if they are contiguous, (N, L, C) if channels_last.
+"""
+
+from typing import Iterator, Tuple
+
+import torch
+from torch import Tensor
+
+from .plain import statistics_dtype
+
+_PIECE = 1 << 20  # elements: two or three such pieces fit the cache
+# How far a mean may lie from zero, in standard deviations, to be subtracted
+# after the multiplication: it costs as many times the rounding error.
+_FAR = 8
+
+
+def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    x = _dense(x)
+    rows = _rows(x)
+    length = rows.shape[1]
+    mean = rows.sum(1, keepdim=True, dtype=statistics_dtype(x.dtype)) / length
+    if x.is_contiguous():
+        _, squares = _sums(x, x, mean)
+        var = squares.div_(length).view_as(mean)
+        if bool((mean.square() <= _FAR**2 * var).all()):
+            return mean.view(x.shape[:2]), var.view(x.shape[:2])
+    var = torch.zeros_like(mean)
+    for piece, m, v, buffer in _pieces(rows, mean, var):
+        torch.sub(_converted(piece, buffer), m, out=buffer)
+        v.add_(buffer.square_().sum(1, keepdim=True))
+    return mean.view(x.shape[:2]), var.div_(length).view(x.shape[:2])
+
+
+def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    x = _dense(x)
+    if x.is_contiguous() and bool(((center * scale).abs() <= _FAR).all()):
+        y, _, _ = torch.ops.aten.native_batch_norm(
+            x.view(1, center.numel(), -1),
+            weight=scale.flatten(),
+            bias=shift.flatten(),
+            running_mean=center.flatten(),
+            running_var=torch.ones_like(center).flatten(),
+            training=False,
+            momentum=0.0,
+            eps=0.0,
+        )
+        # A view would break the in-place ReLU that follows.
+        return torch.ops.aten._unsafe_view(y, x.shape)
+    result = torch.empty_like(x)
+    for piece, y, c, s, t, buffer in _pieces(
+        _rows(x), _rows(result), center, scale, shift
+    ):
+        work = y if y.dtype == buffer.dtype else buffer
+        torch.sub(_converted(piece, buffer), c, out=work).mul_(s).add_(t)
+        if work is buffer:
+            y.copy_(buffer)
+    return result
+
+
+def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
+    x = _dense(x)
+    grad = grad.contiguous(memory_format=_memory_format(x))
+    if x.is_contiguous():
+        total, product = _sums(grad, x, center)
+        return total.view_as(center), product.view_as(center)
+    rows = _rows(grad)
+    total = rows.sum(1, keepdim=True, dtype=center.dtype)
+    product = torch.zeros_like(total)
+    for g, piece, c, p, buffer in _pieces(rows, _rows(x), center, product):
+        torch.sub(_converted(piece, buffer), c, out=buffer).mul_(g)
+        p.add_(buffer.sum(1, keepdim=True))
+    return total.view_as(center), product.view_as(center)
+
+
+def input_grad(
+    grad: Tensor,
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+) -> Tensor:
+    x = _dense(x)
+    grad = grad.contiguous(memory_format=_memory_format(x))
+    result = torch.empty_like(x)
+    for piece, g, y, c, s, k, t, buffer in _pieces(
+        _rows(x), _rows(grad), _rows(result), center, scale, slope, offset
+    ):
+        work = y if y.dtype == buffer.dtype else buffer
+        torch.sub(_converted(piece, buffer), c, out=work).mul_(k).add_(t)
+        work.addcmul_(g, s)
+        if work is buffer:
+            y.copy_(buffer)
+    return result
+
+
+def _sums(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
+    """The sums of ``reduce``: those that BatchNorm's backward begins with."""
+    rows = (1, center.numel(), -1)
+    center = center.flatten()
+    _, product, total = torch.ops.aten.native_batch_norm_backward(
+        grad.view(rows),
+        x.view(rows),
+        weight=None,
+        running_mean=None,
+        running_var=None,
+        save_mean=center,
+        save_invstd=torch.ones_like(center),
+        train=True,
+        eps=0.0,
+        output_mask=[False, True, True],
+    )
+    return total, product
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """That of the layouts :func:`_rows` knows; others become contiguous."""
+    if not x.is_contiguous():
+        for dim, layout in (
+            (4, torch.channels_last),
+            (5, torch.channels_last_3d),
+        ):
+            if x.dim() == dim and x.is_contiguous(memory_format=layout):
+                return layout
+    return torch.contiguous_format
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=_memory_format(x))
+
+
+def _rows(x: Tensor) -> Tensor:
+    if x.is_contiguous():
+        return x.view(x.shape[0] * x.shape[1], -1, 1)
+    return x.movedim(1, -1).flatten(1, -2)
+
+
+def _converted(piece: Tensor, buffer: Tensor) -> Tensor:
+    return piece if piece.dtype == buffer.dtype else buffer.copy_(piece)
+
+
+def _pieces(rows: Tensor, *others: Tensor) -> Iterator[Tuple[Tensor, ...]]:
+    """Cut rows, and tensors alike or with one value a row and lane.
+
+    With each piece comes a buffer of its shape, for statistics: one memory
+    for all, since fresh memory costs more than arithmetic.
+    """
+    count, positions, lanes = rows.shape
+    tensors = [rows] + [
+        t if t.shape == rows.shape else t.reshape(count, 1, lanes)
+        for t in others
+    ]
+    height = max(1, _PIECE // (positions * lanes))
+    width = max(1, _PIECE // lanes)
+    buffer = rows.new_empty(
+        min(height, count) * min(width, positions) * lanes,
+        dtype=statistics_dtype(rows.dtype),
+    )
+    for row in zip(*(t.split(height) for t in tensors)):
+        for start in range(0, positions, width):
+            piece = [
+                t if t.shape[1] == 1 else t[:, start : start + width]
+                for t in row
+            ]
+            shape = piece[0].shape
+            yield (*piece, buffer[: shape.numel()].view(shape))
