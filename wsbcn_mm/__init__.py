@@ -6,6 +6,7 @@ from .version import __version__
 check_requirements()
 
 from . import functional  # noqa: E402
+from .convert import convert_to_micro_batch  # noqa: E402
 from .deploy import fold_for_inference  # noqa: E402
 from .engine import (  # noqa: E402
     SyncEstimatesHook,
@@ -39,6 +40,7 @@ __all__ = [
     'SyncBCN',
     'SyncEstimatesHook',
     '__version__',
+    'convert_to_micro_batch',
     'fold_for_inference',
     'functional',
     'micro_batch_model',
