@@ -1,12 +1,21 @@
 """What touches mmengine: configs, hooks, checkpoints, compatibility."""
 
 from .config import micro_batch_model
-from .hooks import NormalizationMonitorHook, SyncEstimatesHook
+from .hooks import (
+    CalibrateEstimatesHook,
+    ExactResumeHook,
+    NormalizationMonitorHook,
+    SyncEstimatesHook,
+    calibrate,
+)
 from .update_rate import update_rate
 
 __all__ = [
+    'CalibrateEstimatesHook',
+    'ExactResumeHook',
     'NormalizationMonitorHook',
     'SyncEstimatesHook',
+    'calibrate',
     'micro_batch_model',
     'update_rate',
 ]

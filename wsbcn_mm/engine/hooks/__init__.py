@@ -1,5 +1,7 @@
 """What our layers want done during training."""
 
+from .calibrate import CalibrateEstimatesHook, calibrate
+from .exact_resume import ExactResumeHook
 from .normalization_monitor import (
     NormalizationMonitor,
     NormalizationMonitorHook,
@@ -7,7 +9,10 @@ from .normalization_monitor import (
 from .sync_estimates_hook import SyncEstimatesHook
 
 __all__ = [
+    'CalibrateEstimatesHook',
+    'ExactResumeHook',
     'NormalizationMonitor',
     'NormalizationMonitorHook',
     'SyncEstimatesHook',
+    'calibrate',
 ]
