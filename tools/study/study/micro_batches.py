@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wsbcn_mm import BCN
+from wsbcn_mm import BCN, BGN, MABN
 from wsbcn_mm.functional import (
     batch_channel_coefficients,
     moments,
     normalize,
 )
+from wsbcn_mm.functional.mabn import _Scale
 from wsbcn_mm.layers.batch_statistics import BatchStatistics
+from wsbcn_mm.layers.mabn import RATIO_LIMIT, RATIO_WARMUP_ITERS
 
 
 def normalize_in_micro_batches(
@@ -45,6 +47,10 @@ def normalize_in_micro_batches(
             micro_batched = partial(_bcn, module, start=start)
         elif type(module) is nn.BatchNorm2d:
             micro_batched = partial(_bn, module)
+        elif type(module) is BGN:
+            micro_batched = partial(_bgn, module)
+        elif type(module) is MABN:
+            micro_batched = partial(_mabn, module)
         elif isinstance(module, (_BatchNorm, nn.GroupNorm)):
             if type(module) is nn.GroupNorm:
                 continue  # no image sees another
@@ -72,6 +78,17 @@ def _any(module, x: Tensor, images: int, forward) -> Tensor:
 
 
 def _bn(module, x: Tensor, images: int, forward) -> Tensor:
+    return _batch_norm(module, x, images, module.weight, module.bias)
+
+
+def _bgn(module, x: Tensor, images: int, forward) -> Tensor:
+    """The runs are channels of a Batch Normalization."""
+    runs = x.reshape(len(x), module.num_groups, -1)
+    y = _batch_norm(module, runs, images).view_as(x)
+    return y * module.weight[:, None, None] + module.bias[:, None, None]
+
+
+def _batch_norm(module, x: Tensor, images: int, weight=None, bias=None):
     """One call for all micro-batches, as channels of their own."""
     parts, channels = len(x) // images, x.shape[1]
     y = x.unflatten(0, (parts, images)).transpose(0, 1).flatten(1, 2)
@@ -80,21 +97,20 @@ def _bn(module, x: Tensor, images: int, forward) -> Tensor:
         y.contiguous(),
         mean,
         var,
-        module.weight.repeat(parts),
-        module.bias.repeat(parts),
+        None if weight is None else weight.repeat(parts),
+        None if bias is None else bias.repeat(parts),
         training=True,
         momentum=1.0,
         eps=module.eps,
     )
     with torch.no_grad():
-        weights = _decay((module.momentum,) * parts).to(x)[-1]
+        rates = (module.momentum,) * parts
         for running, batch in (
             (module.running_mean, mean),
             (module.running_var, var),
         ):
-            running.mul_(weights[0]).add_(
-                weights[1:] @ batch.view(parts, channels)
-            )
+            batch = batch.view(parts, channels)
+            running.copy_(_averages(running, batch, rates)[-1])
         module.num_batches_tracked += parts
     return y.unflatten(1, (parts, channels)).transpose(0, 1).flatten(0, 1)
 
@@ -108,16 +124,11 @@ def _bcn(module, x: Tensor, images: int, forward, start) -> Tensor:
     if module.momentum is None or start == 'corrected':
         low = module.momentum or 0
         rates = [max(low, 1 / (first + t + 1)) for t in range(parts)]
-    weights = _decay(tuple(rates)).to(mean)
-
-    def estimates(old, batch):
-        return torch.addmm(weights[:, :1] * old, weights[:, 1:], batch)
-
     m, v = (t.unflatten(0, (parts, images)) for t in (mean, var))
-    means = estimates(module.running_mean, m.mean(1))
+    means = _averages(module.running_mean, m.mean(1), rates)
     before = torch.cat([module.running_mean[None], means[:-1]])
     squares = (v + (m - before[:, None]).square()).mean(1)
-    variances = estimates(module.running_var, squares)
+    variances = _averages(module.running_var, squares, rates)
     module.running_mean.copy_(means[-1])
     module.running_var.copy_(variances[-1])
     module.num_batches_tracked += parts
@@ -137,6 +148,65 @@ def _bcn(module, x: Tensor, images: int, forward, start) -> Tensor:
         module.weight,
         module.bias,
     )
+
+
+def _mabn(module, x: Tensor, images: int, forward) -> Tensor:
+    """An optimizer step goes once through the buffers of the last batches."""
+    parts = len(x) // images
+    size = len(module.buffer_x2)
+    if size != parts:
+        raise ValueError(
+            f'MABN averages over {size} micro-batches of a step of {parts}; '
+            'simulated_batch_size must be that of the step.'
+        )
+    mean, var = moments(x)
+    iters = torch.arange(parts) + int(module.num_batches_tracked) + 1
+    slots = iters % size
+    averaging = (iters > size) & (iters >= module.warmup_iters)
+
+    def last_batches(buffer: Tensor, values: Tensor) -> Tensor:
+        """Means of the buffer as each micro-batch comes in, or its own."""
+        old = buffer[slots]
+        means = values.cumsum(0) + old.sum(0) - old.cumsum(0)
+        buffer[slots] = values
+        return torch.where(averaging[:, None], means / size, values)
+
+    with torch.no_grad():
+        square = (var + mean.square()).unflatten(0, (parts, images)).mean(1)
+        mean_square = last_batches(module.buffer_x2, square)
+        rates = [1 - module.momentum] * parts
+        after = _averages(module.running_var, mean_square, rates)
+        before = torch.cat([module.running_var[None], after[:-1]])
+        ratio = (mean_square + module.eps) / (before + module.eps)
+        ratio = ratio.sqrt().clamp(1 / RATIO_LIMIT, RATIO_LIMIT)
+        trusted = iters > max(RATIO_WARMUP_ITERS, module.warmup_iters)
+        ratio = torch.where(trusted[:, None], ratio, 1)
+        module.running_var.copy_(after[-1])
+        module.num_batches_tracked += parts
+    length = x[0, 0].numel()
+
+    def coefficients(mean, var, weight, bias):
+        energy = (var + mean.square()) * length
+        energy = energy.unflatten(0, (parts, images)).sum(1)
+        scale = _Scale.apply(
+            energy,
+            weight.expand(parts, -1),
+            mean_square,
+            ratio,
+            module.eps,
+            lambda psi: last_batches(
+                module.buffer_gz, psi / (images * length)
+            ),
+        ).repeat_interleave(images, 0)
+        return scale, mean * scale + bias
+
+    return normalize(x, mean, var, coefficients, module.weight, module.bias)
+
+
+def _averages(old: Tensor, batches: Tensor, rates) -> Tensor:
+    """``old``, moved by each batch in turn at its rate: all that results."""
+    weights = _decay(tuple(rates)).to(batches)
+    return torch.addmm(weights[:, :1] * old, weights[:, 1:], batches)
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,8 @@
 """A small ResNet of MMPretrain on digit scenes of 16x16."""
 
 import math
-from typing import Optional
+from contextlib import nullcontext
+from typing import Callable, Optional
 
 import mmpretrain.models  # noqa: F401  registers them
 import torch
@@ -9,7 +10,7 @@ from mmengine.logging import MMLogger
 from mmpretrain.registry import MODELS
 from torch import nn
 
-import wsbcn_mm  # noqa: F401  registers its layers
+from wsbcn_mm.engine.hooks import NormalizationMonitor
 
 from ..methods import method_cfg
 from ..micro_batches import normalize_in_micro_batches
@@ -136,13 +137,27 @@ def precise_statistics(model: nn.Module, settings: dict, device) -> bool:
     return bool(norms)
 
 
-def run(settings: dict, on_step: Optional[callable] = None) -> dict:
+def _summary(monitor: NormalizationMonitor) -> dict:
+    """Means over layers, and the worst layer's share of silent channels."""
+    reports = monitor.reports().values()
+    monitor.reset()
+    off = [r.off for r in reports if r.off is not None]
+    distance = [r.distance for r in reports if r.distance is not None]
+    silent = [r.silent for r in reports if r.silent is not None]
+    return dict(
+        off=sum(off) / len(off),
+        distance=sum(distance) / len(distance),
+        silent=max(silent),
+    )
+
+
+def run(settings: dict, on_step: Optional[Callable] = None) -> dict:
     """Train and evaluate.
 
     Args:
         settings (dict): ``method``, ``images``, ``lr``, ``seed``, ``split``
             and what differs from ``DEFAULTS``.
-        on_step (callable | None): Called as ``on_step(step, model, images,
+        on_step (Callable | None): Called as ``on_step(step, model, images,
             labels)`` before each step, which it must leave as it was.
     """
     settings = {**DEFAULTS, **settings}
@@ -157,13 +172,18 @@ def run(settings: dict, on_step: Optional[callable] = None) -> dict:
         weight_decay=settings['weight_decay'],
     )
     model.train()
+    monitor, seen = NormalizationMonitor(model), []
     losses = []
     for step, (images, labels) in enumerate(training_data(settings, device)):
         for group in optimizer.param_groups:
             group['lr'] = settings['lr'] * schedule(step, settings)
         if on_step is not None:
             on_step(step, model, images, labels)
-        loss = loss_of(model, images, labels)
+        watched = settings['monitor'] and step % settings['monitor'] == 0
+        with monitor.watching() if watched else nullcontext():
+            loss = loss_of(model, images, labels)
+        if watched:
+            seen.append(dict(step=step, **_summary(monitor)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -184,6 +204,8 @@ def run(settings: dict, on_step: Optional[callable] = None) -> dict:
     # Means over tenths of the training; NaN is no JSON.
     curve = [float(part.mean()) for part in losses.chunk(10)]
     result['loss'] = [c if math.isfinite(c) else None for c in curve]
+    if seen:
+        result['curves'] = seen
     if not math.isfinite(result['test_loss']):
         result['test_loss'] = None
     return result

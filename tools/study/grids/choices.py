@@ -1,0 +1,22 @@
+# BCN's other choices, one at a time, at one image and at 32.
+task = 'classification'
+common = dict(steps=300, batch_size=32, variation=0.5, lr=0.1)
+images = [1, 32]
+blocks = [
+    dict(method='BCN+WS', num_groups=[1, 2, 4, 8, 16, 32], images=images),
+    dict(method='GN+WS', num_groups=[1, 2, 4, 8, 16, 32], images=32),
+    dict(
+        method='BCN+WS', num_groups=8, channel_affine='channel', images=images
+    ),
+    dict(method='BCN', num_groups=[2, 8], images=images),
+    dict(method='BCN+WS', num_groups=8, zero_init=True, images=images),
+]
+seeds = [0, 1, 2]
+
+report = dict(
+    metric='accuracy',
+    metric_name='accuracy (%)',
+    rows=['method', 'num_groups', 'channel_affine', 'zero_init'],
+    columns='images',
+    columns_name='images per normalization batch',
+)

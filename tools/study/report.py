@@ -1,0 +1,76 @@
+"""Turn the results of a grid into a JSON file, tables and plots.
+
+    python tools/study/report.py tools/study/grids/classification.py
+
+The records of run.py are collected into resources/study/<grid>.json, from
+which all the rest is made; without records, that file is taken as it is. A
+grid that is not complete is reported as far as it goes, and says so.
+"""
+
+import argparse
+import os
+import os.path as osp
+
+from study import plots, results
+from study.cells import Grid, Store
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('grid', nargs='+', help='grid files')
+    parser.add_argument(
+        '--work-dir',
+        default='work_dirs/study',
+        help='what run.py was given (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--out',
+        default='resources/study',
+        help='where results, tables and plots go (default: %(default)s)',
+    )
+    return parser.parse_args()
+
+
+def report(path: str, work_dir: str, out: str) -> str:
+    """Report one grid; returns its Markdown."""
+    grid = Grid(path)
+    file = osp.join(out, grid.name)
+    folder = osp.join(work_dir, grid.name)
+    if osp.isdir(folder) and os.listdir(folder):
+        os.makedirs(out, exist_ok=True)
+        results.save(results.collect(grid, Store(folder)), f'{file}.json')
+    found = results.load(f'{file}.json')
+    spec = grid.report
+    rows = [spec['rows']] if isinstance(spec['rows'], str) else spec['rows']
+    parts = [
+        f'# {grid.name}\n',
+        results.conditions(found),
+        f'{spec["metric_name"]}, mean over seeds ± half of the 95 % '
+        'interval:\n',
+        results.table(found, spec, spec['metric']),
+    ]
+    for metric, name in spec.get('also', {}).items():
+        parts += [f'{name}:\n', results.table(found, spec, metric)]
+    parts.append(results.learning_rates(found, spec, grid))
+    text = '\n'.join(part for part in parts if part)
+    with open(f'{file}.md', 'w') as f:
+        f.write(text)
+    if found['runs']:
+        if len(results.by_cell(found, [], spec['columns'])[()]) > 1:
+            plots.plot_scores(found, spec, rows, f'{file}.png')
+        if 'curves' in spec:
+            plots.plot_curves(found, spec, rows, f'{file}_curves.png')
+    return text
+
+
+def main():
+    args = parse_args()
+    for path in args.grid:
+        print(report(path, args.work_dir, args.out))
+
+
+if __name__ == '__main__':
+    main()

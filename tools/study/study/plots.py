@@ -1,0 +1,122 @@
+"""The plots of a grid's results."""
+
+from typing import List
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+from .results import by_cell, row_name, score  # noqa: E402
+
+COLORS = [f'C{i}' for i in range(10)]
+MARKERS = 'osD^vPX*<>'
+
+
+def plot_scores(results: dict, report: dict, rows: List[str], path: str):
+    """A line for each row of the table over its columns.
+
+    Rows named in ``report['everywhere']`` do not depend on the columns, and
+    are drawn through all of them.
+    """
+    cells = by_cell(results, rows, report['columns'])
+    columns = sorted({c for row in cells.values() for c in row})
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    error = report.get('error', False)
+    for i, (row, found) in enumerate(cells.items()):
+        points = [
+            (column, score(found[column], report['metric']))
+            for column in columns
+            if column in found
+        ]
+        points = [(c, s) for c, s in points if s.mean is not None]
+        if not points:
+            continue
+        name, color = row_name(rows, row), COLORS[i % 10]
+        x = [c for c, _ in points]
+        y = [100 - s.mean if error else s.mean for _, s in points]
+        half = [s.half or 0 for _, s in points]
+        if name in report.get('everywhere', ()):
+            axes.axhline(y[0], color=color, linestyle='--', label=name)
+            axes.axhspan(
+                y[0] - half[0], y[0] + half[0], color=color, alpha=0.1, lw=0
+            )
+            continue
+        axes.errorbar(
+            x,
+            y,
+            half,
+            label=name,
+            color=color,
+            marker=MARKERS[i % 10],
+            capsize=3,
+        )
+    if min(columns) > 0:
+        axes.set_xscale('log', base=2 if _powers_of_two(columns) else 10)
+        if _powers_of_two(columns):
+            axes.set_xticks(columns, [f'{c:g}' for c in columns])
+    name = report['metric_name']
+    axes.set_ylabel(name.replace('accuracy', 'error') if error else name)
+    if error or report.get('log'):
+        axes.set_yscale('log')
+        axes.yaxis.set_major_formatter('{x:g}')
+        axes.yaxis.set_minor_formatter('{x:g}')
+    axes.set_xlabel(report['columns_name'])
+    axes.grid(alpha=0.3, which='both')
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_curves(results: dict, report: dict, rows: List[str], path: str):
+    """What was measured during training: a panel a quantity, means."""
+    keys = report['curves']
+    figure, panels = plt.subplots(
+        1, len(keys), figsize=(4.6 * len(keys), 3.8), squeeze=False
+    )
+    names = [*rows, report['columns']]
+    for axes, (key, label) in zip(panels[0], keys.items()):
+        for i, (row, runs) in enumerate(_flat(results, names).items()):
+            curves = [r['result']['curves'] for r in runs if 'result' in r]
+            if not curves:
+                continue
+            steps = [point['step'] for point in curves[0]]
+            values = [[point[key] for point in c] for c in curves]
+            means = [sum(v) / len(v) for v in zip(*values)]
+            color = COLORS[i % 10]
+            axes.plot(steps, means, color=color, label=row_name(names, row))
+            axes.fill_between(
+                steps,
+                [min(v) for v in zip(*values)],
+                [max(v) for v in zip(*values)],
+                color=color,
+                alpha=0.15,
+                lw=0,
+            )
+        axes.set_xlabel('optimizer step')
+        axes.set_ylabel(label)
+        if report.get('log'):
+            axes.set_yscale('log')
+        axes.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def _flat(results: dict, names: List[str]) -> dict:
+    runs = {}
+    for run in results['runs']:
+        key = tuple(run['settings'].get(name) for name in names)
+        runs.setdefault(key, []).append(run)
+    return runs
+
+
+def _powers_of_two(columns) -> bool:
+    return all(
+        c >= 1 and int(c) == c and int(c) & (int(c) - 1) == 0 for c in columns
+    )
+
+
+def _save(figure, path: str) -> None:
+    figure.tight_layout()
+    # No date inside: the same results make the same file.
+    figure.savefig(path, dpi=110, metadata={'Software': None})
+    plt.close(figure)

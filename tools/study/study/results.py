@@ -1,0 +1,207 @@
+"""From the records of cells to one file, and to tables."""
+
+import json
+import math
+import os.path as osp
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+from .cells import Grid, Store
+
+
+def collect(grid: Grid, store: Store) -> dict:
+    """All records of a grid as one JSON, environments written once."""
+    environments, runs = [], {}
+
+    def lean(record: dict) -> dict:
+        if record['environment'] not in environments:
+            environments.append(record['environment'])
+        kept = {
+            k: record[k]
+            for k in ('settings', 'result', 'error', 'seconds')
+            if k in record
+        }
+        kept['environment'] = environments.index(record['environment'])
+        return kept
+
+    tuning = store.records(grid.tuning_cells())
+    cells = grid.final_cells(tuning)
+    runs['tuning'] = [lean(r) for r in tuning.values()]
+    runs['runs'] = [lean(r) for r in store.records(cells).values()]
+    return dict(
+        grid=grid.name,
+        seeds=grid.seeds,
+        wanted=len(grid.cells) * len(grid.seeds),
+        environments=environments,
+        **runs,
+    )
+
+
+HEAD = ('grid', 'seeds', 'wanted')
+
+
+def save(results: dict, path: str) -> None:
+    """Write results, a line for each run, which diffs well."""
+    lines = [f'"{k}": {json.dumps(results[k])}' for k in HEAD]
+    for key in ('environments', 'tuning', 'runs'):
+        entries = ',\n'.join(json.dumps(entry) for entry in results[key])
+        lines.append(f'"{key}": [\n{entries}\n]')
+    with open(path, 'w') as f:
+        f.write('{\n' + ',\n'.join(lines) + '\n}\n')
+
+
+def load(path: str) -> dict:
+    if not osp.isfile(path):
+        raise FileNotFoundError(
+            f'There are no results at {path!r}: run the grid first.'
+        )
+    with open(path) as f:
+        return json.load(f)
+
+
+class Score(NamedTuple):
+    """A mean over seeds with half the width of its 95 % interval.
+
+    Attributes:
+        mean (float | None): None where no seed gave a number.
+        half (float | None): By Student's t; None for fewer than two numbers.
+        count (int): Numbers it is made of.
+        error (str | None): Why a seed gave none.
+    """
+
+    mean: Optional[float]
+    half: Optional[float]
+    count: int
+    error: Optional[str] = None
+
+
+def score(runs: Sequence[dict], metric: str) -> Score:
+    """Summarize the runs of one cell's seeds."""
+    errors = [r['error'] for r in runs if 'error' in r]
+    error = errors[0] if errors else None
+    values = [r['result'].get(metric) for r in runs if 'result' in r]
+    values = [v for v in values if v is not None]
+    if not values:
+        return Score(None, None, 0, error)
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return Score(mean, None, 1, error)
+    from scipy.stats import t
+
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    half = t.ppf(0.975, len(values) - 1) * math.sqrt(variance / len(values))
+    return Score(mean, float(half), len(values), error)
+
+
+def by_cell(results: dict, rows: List[str], columns: str) -> Dict:
+    """Runs by row and column, in the order of the grid file.
+
+    Returns:
+        dict: ``{row: {column: [run, ...]}}``, rows being tuples.
+    """
+    table = {}
+    for run in results['runs']:
+        settings = run['settings']
+        row = tuple(settings.get(name) for name in rows)
+        cells = table.setdefault(row, {})
+        cells.setdefault(settings.get(columns), []).append(run)
+    return table
+
+
+def row_name(names: List[str], row: tuple) -> str:
+    """A row's label: its values, those that need it with their name."""
+    return ', '.join(
+        str(v) if isinstance(v, str) else f'{n} {v}'
+        for n, v in zip(names, row)
+        if v is not None
+    )
+
+
+def table(results: dict, report: dict, metric: str) -> str:
+    """A table in Markdown."""
+    rows = _names(report['rows'])
+    cells = by_cell(results, rows, report['columns'])
+    columns = sorted({c for row in cells.values() for c in row})
+    title = report['columns_name']
+    lines = [
+        f'| {title} | ' + ' | '.join(f'{c:g}' for c in columns) + ' |',
+        '| --- |' + ' ---: |' * len(columns),
+    ]
+    errors = []
+    for row, found in cells.items():
+        texts = []
+        for column in columns:
+            summary = score(found.get(column, []), metric)
+            texts.append(_text(summary, len(results['seeds'])))
+            if summary.error and summary.error not in errors:
+                errors.append(summary.error)
+        if any(texts):
+            lines.append(
+                f'| {row_name(rows, row)} | ' + ' | '.join(texts) + ' |'
+            )
+    lines += [''] + [f'Failed runs said: {error}' for error in errors]
+    return '\n'.join(lines).rstrip() + '\n'
+
+
+def _names(rows) -> List[str]:
+    return [rows] if isinstance(rows, str) else list(rows)
+
+
+def _text(summary: Score, seeds: int) -> str:
+    if summary.mean is None:
+        return 'fails' if summary.error else ''
+    text = f'{summary.mean:.2f}'
+    if summary.half is not None:
+        text += f' ± {summary.half:.2f}'
+    if summary.count < seeds:
+        text += f' ({summary.count} of {seeds} runs)'
+    return text
+
+
+def learning_rates(results: dict, report: dict, grid: Grid) -> str:
+    """The scores that chose the learning rates, as Markdown."""
+    if grid.tune is None or not results['tuning']:
+        return ''
+    rows = _names(report['rows'])
+    rates = grid.tune['lr']
+    found = {}
+    for run in results['tuning']:
+        settings = run['settings']
+        key = (*(settings.get(n) for n in rows), settings[report['columns']])
+        found.setdefault(key, {}).setdefault(settings['lr'], []).append(run)
+    lines = [
+        f'| tuned on validation scenes | {report["columns"]} | '
+        + ' | '.join(f'lr {rate:g}' for rate in rates)
+        + ' |',
+        '| --- | ---: |' + ' ---: |' * len(rates),
+    ]
+    for key, by_rate in found.items():
+        texts = [
+            _text(
+                score(by_rate.get(rate, []), report['metric']),
+                len(grid.tune['seeds']),
+            )
+            for rate in rates
+        ]
+        lines.append(
+            f'| {row_name(rows, key[:-1])} | {key[-1]:g} | '
+            + ' | '.join(texts)
+            + ' |'
+        )
+    return '\n'.join(lines) + '\n'
+
+
+def conditions(results: dict) -> str:
+    """How many runs there are, how long they took, and on what."""
+    runs = results['runs'] + results['tuning']
+    hours = sum(r['seconds'] for r in runs) / 3600
+    machines = {
+        (e['accelerator'] or e['processor'], e['threads'])
+        for e in results['environments']
+    }
+    torch = {e['versions'].get('torch') for e in results['environments']}
+    done = len(results['runs'])
+    text = f'{done} of {results["wanted"]} runs'
+    if results['tuning']:
+        text += f' and {len(results["tuning"])} to tune the learning rates'
+    on = ', '.join(f'{m} ({t} threads each)' for m, t in sorted(machines))
+    return f'{text}; {hours:.2f} hours of {on}; torch {", ".join(torch)}.\n'
