@@ -16,6 +16,7 @@ from typing import Iterator, Tuple
 import torch
 from torch import Tensor
 
+from .layout import dense, memory_format
 from .plain import statistics_dtype
 
 _PIECE = 1 << 20  # elements: two or three such pieces fit the cache
@@ -25,7 +26,7 @@ _FAR = 8
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    x = _dense(x)
+    x = dense(x)
     rows = _rows(x)
     length = rows.shape[1]
     mean = rows.sum(1, keepdim=True, dtype=statistics_dtype(x.dtype)) / length
@@ -42,7 +43,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    x = _dense(x)
+    x = dense(x)
     if x.is_contiguous() and bool(((center * scale).abs() <= _FAR).all()):
         y, _, _ = torch.ops.aten.native_batch_norm(
             x.view(1, center.numel(), -1),
@@ -68,8 +69,8 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
-    x = _dense(x)
-    grad = grad.contiguous(memory_format=_memory_format(x))
+    x = dense(x)
+    grad = grad.contiguous(memory_format=memory_format(x))
     if x.is_contiguous():
         total, product = _sums(grad, x, center)
         return total.view_as(center), product.view_as(center)
@@ -90,8 +91,8 @@ def input_grad(
     slope: Tensor,
     offset: Tensor,
 ) -> Tensor:
-    x = _dense(x)
-    grad = grad.contiguous(memory_format=_memory_format(x))
+    x = dense(x)
+    grad = grad.contiguous(memory_format=memory_format(x))
     result = torch.empty_like(x)
     for piece, g, y, c, s, k, t, buffer in _pieces(
         _rows(x), _rows(grad), _rows(result), center, scale, slope, offset
@@ -121,22 +122,6 @@ def _sums(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
         output_mask=[False, True, True],
     )
     return total, product
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """That of the layouts :func:`_rows` knows; others become contiguous."""
-    if not x.is_contiguous():
-        for dim, layout in (
-            (4, torch.channels_last),
-            (5, torch.channels_last_3d),
-        ):
-            if x.dim() == dim and x.is_contiguous(memory_format=layout):
-                return layout
-    return torch.contiguous_format
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=_memory_format(x))
 
 
 def _rows(x: Tensor) -> Tensor:
