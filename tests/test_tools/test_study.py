@@ -1,5 +1,9 @@
+import json
+import os
 import os.path as osp
+import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ import wsbcn_mm  # noqa: F401
 STUDY = osp.join(osp.dirname(__file__), '..', '..', 'tools', 'study')
 sys.path.insert(0, STUDY)
 
+from study import results  # noqa: E402
+from study.cells import Grid, Store, cell_name  # noqa: E402
 from study.micro_batches import normalize_in_micro_batches  # noqa: E402
 
 
@@ -84,3 +90,309 @@ def test_micro_batches_refuse_a_remainder():
     normalize_in_micro_batches(model, 4)
     with pytest.raises(ValueError, match='6 images.*micro-batches of 4'):
         model(torch.randn(6, 3, 5, 5).double())
+
+
+GRID = """
+task = 'fake'
+common = dict(steps=1)
+blocks = [dict(method=['A', 'B'], images=[1, 2]), dict(method='C', images=2)]
+seeds = [0, 1]
+tune = dict(lr=[0.1, 0.2, 0.3], seeds=[7], at=dict(images={1: 2}))
+report = dict(
+    metric='score',
+    metric_name='score',
+    rows='method',
+    columns='images',
+    columns_name='images',
+    also=dict(other='other'),
+)
+"""
+
+
+@pytest.fixture
+def grid(tmp_path):
+    path = tmp_path / 'small.py'
+    path.write_text(GRID)
+    return Grid(str(path))
+
+
+@pytest.fixture
+def fake_task(monkeypatch):
+    """Scores best at a rate of 0.2; method C fails where it is reported."""
+    ran = []
+
+    def run(settings):
+        ran.append(settings)
+        if settings['method'] == 'C' and settings['split'] == 'test':
+            raise ValueError('C cannot run')
+        score = settings['seed'] + 10 * settings['images']
+        return dict(score=score - abs(settings['lr'] - 0.2))
+
+    module = types.ModuleType('study.tasks.fake')
+    module.run = run
+    monkeypatch.setitem(sys.modules, 'study.tasks.fake', module)
+    return ran
+
+
+def complete(grid, store):
+    from study.runs import run_cell
+
+    def run_all(cells):
+        for cell in cells:
+            if store.read(cell) is None:
+                run_cell(cell, store.folder)
+
+    tuning = grid.tuning_cells()
+    run_all(tuning)
+    run_all(grid.final_cells(store.records(tuning)))
+
+
+def test_grid_expands_lists_and_shares_tuning(grid):
+    assert len(grid.cells) == 5
+    tuning = grid.tuning_cells()
+    assert len(tuning) == 3 * 3  # methods, all of them at two images
+    assert {cell['images'] for cell in tuning} == {2}
+    assert {cell['split'] for cell in tuning} == {'val'}
+    assert grid.final_cells({}) == []  # nothing is tuned yet
+
+
+def test_final_cells_take_the_best_rate_of_validation(
+    grid, fake_task, tmp_path
+):
+    store = Store(str(tmp_path / 'cells'))
+    complete(grid, store)
+    final = grid.final_cells(store.records(grid.tuning_cells()))
+    assert len(final) == 5 * 2 and {cell['lr'] for cell in final} == {0.2}
+    assert {cell['split'] for cell in final} == {'test'}
+    assert len({cell_name(cell) for cell in final}) == len(final)
+
+
+def test_a_stopped_grid_loses_no_finished_cell(grid, fake_task, tmp_path):
+    store = Store(str(tmp_path / 'cells'))
+    complete(grid, store)
+    total = len(fake_task)
+    lost = sorted(os.listdir(store.folder))[3]
+    os.remove(osp.join(store.folder, lost))
+    # What a killed process leaves is no record.
+    with open(osp.join(store.folder, f'{lost}.123.partial'), 'w') as f:
+        f.write('{"sett')
+    complete(grid, store)
+    assert len(fake_task) == total + 1
+
+
+def test_results_keep_what_a_number_depends_on(grid, fake_task, tmp_path):
+    store = Store(str(tmp_path / 'cells'))
+    complete(grid, store)
+    path = str(tmp_path / 'results.json')
+    results.save(results.collect(grid, store), path)
+    found = results.load(path)
+    assert len(found['runs']) == found['wanted'] == 10
+    assert len(found['tuning']) == 9
+    assert 'torch' in found['environments'][0]['versions']
+    for run in found['runs']:
+        assert run['seconds'] >= 0 and run['settings']['steps'] == 1
+        assert ('result' in run) != ('error' in run)
+    # Byte for byte the same when collected again.
+    again = str(tmp_path / 'again.json')
+    results.save(results.collect(grid, store), again)
+    with open(path) as a, open(again) as b:
+        assert a.read() == b.read()
+
+
+def test_table_shows_intervals_and_failures(grid, fake_task, tmp_path):
+    store = Store(str(tmp_path / 'cells'))
+    complete(grid, store)
+    found = results.collect(grid, store)
+    text = results.table(found, grid.report, 'score')
+    # Seeds 0 and 1: 10.5 and t(0.975, 1) * 0.5 = 6.353
+    assert '| A | 10.50 ± 6.35 | 20.50 ± 6.35 |' in text
+    assert '| C |  | fails |' in text
+    assert 'ValueError: C cannot run' in text
+    rates = results.learning_rates(found, grid.report, grid)
+    assert '| C | 2 | 26.90 | 27.00 | 26.90 |' in rates
+
+
+def test_table_says_what_is_missing(grid, fake_task, tmp_path):
+    store = Store(str(tmp_path / 'cells'))
+    complete(grid, store)
+    found = results.collect(grid, store)
+    found['runs'] = [r for r in found['runs'] if r['settings']['seed'] == 0]
+    text = results.table(found, grid.report, 'score')
+    assert '| A | 10.00 (1 of 2 runs) | 20.00 (1 of 2 runs) |' in text
+    assert '5 of 10 runs' in results.conditions(found)
+
+
+def test_interval_is_students():
+    runs = [dict(result=dict(m=v)) for v in (1.0, 2.0, 3.0)]
+    summary = results.score(runs, 'm')
+    # t(0.975, 2) = 4.3027, standard error 1 / sqrt(3)
+    assert summary.mean == 2
+    assert summary.half == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+
+
+def test_grid_file_errors_name_the_problem(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no grid file'):
+        Grid(str(tmp_path / 'none.py'))
+    path = tmp_path / 'empty.py'
+    path.write_text('seeds = [0]')
+    with pytest.raises(KeyError, match='does not set blocks, report, task'):
+        Grid(str(path))
+
+
+def test_method_errors_list_the_methods():
+    from study.methods import method_cfg
+
+    with pytest.raises(ValueError, match="'XN\\+WS'.*BN, GN, BCN"):
+        method_cfg('XN+WS', images=1, batch_size=32)
+
+
+@pytest.mark.parametrize('name', sorted(os.listdir(osp.join(STUDY, 'grids'))))
+def test_grids_of_the_study_are_sound(name):
+    from study.methods import method_cfg
+
+    grid = Grid(osp.join(STUDY, 'grids', name))
+    assert osp.isfile(osp.join(STUDY, 'study', 'tasks', f'{grid.task}.py'))
+    names = {cell_name(cell) for cell in grid.cells}
+    assert len(names) == len(grid.cells) > 0, 'a cell is there twice'
+    for cell in grid.cells:
+        method_cfg(
+            cell['method'],
+            images=cell['images'],
+            batch_size=cell['batch_size'],
+        )
+        if grid.tune is None:
+            assert 'lr' in cell
+    if osp.isdir(osp.join(STUDY, '..', '..', 'resources', 'study')):
+        path = osp.join(
+            STUDY, '..', '..', 'resources', 'study', f'{grid.name}.json'
+        )
+        if osp.isfile(path):  # kept results are of this grid
+            kept = results.load(path)
+            assert kept['wanted'] == len(grid.cells) * len(grid.seeds)
+
+
+def test_scenes_are_deterministic_and_splits_share_no_digit():
+    from study.scenes import SPLITS, scenes, spread
+
+    a, labels = scenes('train', 50, seed=3)
+    b, _ = scenes('train', 50, seed=3)
+    assert torch.equal(a, b) and a.shape == (50, 3, 16, 16)
+    assert set(labels.tolist()) <= set(range(10))
+    assert not torch.equal(a, scenes('train', 50, seed=4)[0])
+    ends = sorted(SPLITS.values())
+    assert all(x[1] <= y[0] for x, y in zip(ends, ends[1:]))
+    alike = spread(scenes('train', 500, seed=0, variation=0.0)[0])
+    different = spread(scenes('train', 500, seed=0, variation=1.0)[0])
+    assert different['level'] > 1.3 * alike['level']
+    assert different['contrast'] > 2 * alike['contrast']
+
+
+def test_weight_standardization_bounds_the_gradient():
+    """The gradient to W is the one to the standardized weight, projected.
+
+    With that to the standardized weight, g, and fan-in I:
+    sigma^2 |dW|^2 = |g|^2 - <1, g>^2 / I - <W^, g>^2 / (I - 1).
+    """
+    from torch.nn.functional import conv2d, cross_entropy, group_norm
+
+    from wsbcn_mm.functional import standardize_weight
+
+    x = torch.randn(4, 5, 8, 8).double()
+    weight = (2 * torch.randn(6, 5, 3, 3) + 0.3).double().requires_grad_()
+    standardized = standardize_weight(weight, eps=0.0)
+    y = group_norm(conv2d(x, standardized), 3)
+    loss = cross_entropy(y.relu().mean((2, 3)), torch.arange(4))
+    to_weight, to_standardized = (
+        g.flatten(1) for g in torch.autograd.grad(loss, (weight, standardized))
+    )
+    fan_in = weight[0].numel()
+    s = standardized.detach().flatten(1)
+    left = weight.detach().flatten(1).var(1) * to_weight.square().sum(1)
+    right = (
+        to_standardized.square().sum(1)
+        - to_standardized.sum(1).square() / fan_in
+        - (s * to_standardized).sum(1).square() / (fan_in - 1)
+    )
+    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-15)
+    assert (left < to_standardized.square().sum(1)).all()
+
+
+SETTINGS = dict(
+    method='BCN+WS',
+    images=2,
+    batch_size=8,
+    steps=6,
+    warmup=2,
+    evaluated=100,
+    width=8,
+    num_groups=4,
+    lr=0.05,
+    seed=0,
+    split='val',
+)
+
+
+def test_classification_measures_without_disturbing(tmp_path):
+    pytest.importorskip('mmpretrain')
+    from study.tasks import classification, smoothness
+
+    plain = classification.run(SETTINGS)
+    assert 0 <= plain['accuracy'] <= 100 and len(plain['loss']) == 6
+    watched = classification.run({**SETTINGS, 'monitor': 2})
+    assert [c['step'] for c in watched['curves']] == [0, 2, 4]
+    measured = smoothness.run({**SETTINGS, 'every': 3})
+    assert [c['step'] for c in measured['curves']] == [0, 3]
+    assert measured['lipschitz'] > 0 and measured['loss_range'] > 0
+    for other in (watched, measured):  # to the last digit
+        assert other['loss'] == plain['loss']
+        assert other['test_loss'] == plain['test_loss']
+
+
+TINY = """
+task = 'classification'
+common = dict({settings})
+blocks = [dict(method=['BN', 'BCN+WS'], images=[1, 2])]
+seeds = [0]
+report = dict(
+    metric='accuracy',
+    metric_name='accuracy (%)',
+    rows='method',
+    columns='images',
+    columns_name='images',
+    error=True,
+)
+"""
+
+
+@pytest.mark.slow
+def test_commands_run_resume_and_report(tmp_path):
+    pytest.importorskip('mmpretrain')
+    pytest.importorskip('matplotlib')
+    common = {k: SETTINGS[k] for k in SETTINGS if k not in ('split', 'seed')}
+    common.pop('method'), common.pop('images')
+    path = tmp_path / 'tiny.py'
+    path.write_text(
+        TINY.format(settings=', '.join(f'{k}={v}' for k, v in common.items()))
+    )
+
+    def call(script, *arguments):
+        return subprocess.run(
+            [sys.executable, osp.join(STUDY, script), str(path), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    work_dir = f'--work-dir={tmp_path / "work"}'
+    assert '4 to run' in call('run.py', work_dir, '--workers=2')
+    assert '4 there, 0 to run' in call('run.py', work_dir)
+    text = call('report.py', work_dir, f'--out={tmp_path / "out"}')
+    assert '| BCN+WS |' in text and '4 of 4 runs' in text
+    assert (tmp_path / 'out' / 'tiny.png').stat().st_size > 5000
+    found = json.loads((tmp_path / 'out' / 'tiny.json').read_text())
+    assert len(found['runs']) == 4
+    # From the kept file alone, the same.
+    again = call(
+        'report.py', f'--work-dir={tmp_path}', f'--out={tmp_path / "out"}'
+    )
+    assert again == text

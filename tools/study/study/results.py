@@ -131,7 +131,9 @@ def table(results: dict, report: dict, metric: str) -> str:
         texts = []
         for column in columns:
             summary = score(found.get(column, []), metric)
-            texts.append(_text(summary, len(results['seeds'])))
+            texts.append(
+                _text(summary, len(results['seeds']), report.get('digits', 2))
+            )
             if summary.error and summary.error not in errors:
                 errors.append(summary.error)
         if any(texts):
@@ -146,12 +148,12 @@ def _names(rows) -> List[str]:
     return [rows] if isinstance(rows, str) else list(rows)
 
 
-def _text(summary: Score, seeds: int) -> str:
+def _text(summary: Score, seeds: int, digits: int) -> str:
     if summary.mean is None:
         return 'fails' if summary.error else ''
-    text = f'{summary.mean:.2f}'
+    text = f'{summary.mean:.{digits}f}'
     if summary.half is not None:
-        text += f' ± {summary.half:.2f}'
+        text += f' ± {summary.half:.{digits}f}'
     if summary.count < seeds:
         text += f' ({summary.count} of {seeds} runs)'
     return text
@@ -179,6 +181,7 @@ def learning_rates(results: dict, report: dict, grid: Grid) -> str:
             _text(
                 score(by_rate.get(rate, []), report['metric']),
                 len(grid.tune['seeds']),
+                report.get('digits', 2),
             )
             for rate in rates
         ]

@@ -67,6 +67,10 @@ def run_cells(
     )
     if not todo:
         return
+    for name in {cell['task'] for cell in todo}:
+        task = importlib.import_module(f'study.tasks.{name}')
+        if hasattr(task, 'prepare'):
+            task.prepare([c for c in todo if c['task'] == name])
     progress = Progress(
         TextColumn(title),
         BarColumn(),
