@@ -1,0 +1,4 @@
+_base_ = './resnet110_bcn-ws_1xb1_cifar100.py'
+from wsbcn_mm import micro_batch_model
+
+model = micro_batch_model(_base_.model, norm_cfg=dict(type='GN', num_groups=4))
