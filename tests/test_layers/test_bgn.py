@@ -51,7 +51,7 @@ def sizes(draw):
     return channels, groups, spatial
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(n=st.integers(2, 4), size=sizes(), training=st.booleans())
 def test_float64_definition(n, size, training):
     channels, groups, spatial = size
@@ -232,6 +232,16 @@ def test_in_a_resnet_of_mmdet():
     sum(y.sum() for y in net(x)).backward()
     assert net.layer1[0].bgn2.weight.grad.abs().sum() > 0
     assert net.bgn1.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize('groups', [2, 16])
+def test_compiles_without_graph_break(groups):
+    norm = randomized(BGN(8, groups))
+    compiled = copy.deepcopy(norm)
+    x = torch.randn(2, 8, 4, 4)
+    y = torch.compile(compiled, fullgraph=True, backend='aot_eager')(x)
+    close(y, norm(x), 1e-5)
+    close(compiled.running_var, norm.running_var, 1e-5)
 
 
 def test_registered():

@@ -317,6 +317,20 @@ def test_one_pixel():
     assert x.grad.isfinite().all()
 
 
+def test_compiles_without_graph_break():
+    norm = MABN(8, 1, 2, warmup_iters=0)
+    norm.num_batches_tracked.fill_(2000)
+    norm.buffer_gz.normal_()
+    other = copy.deepcopy(norm)
+    compiled = torch.compile(other, fullgraph=True, backend='aot_eager')
+    x = torch.randn(2, 8, 4, 4)
+    grad = torch.randn_like(x)
+    for a, b in zip(step(norm, x, grad), step(compiled, x, grad)):
+        close(a, b, 1e-5)
+    for name, buffer in norm.named_buffers():
+        close(getattr(other, name), buffer, 1e-5)
+
+
 def test_in_a_resnet_of_mmdet():
     net = ResNet(
         18,

@@ -1,6 +1,8 @@
 import copy
+import pickle
 from unittest import mock
 
+import mmcv.cnn
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,9 @@ from mmengine.model import (
     convert_sync_batchnorm,
     revert_sync_batchnorm,
 )
+from mmengine.registry import MODELS
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from wsbcn_mm import BCN, BGN, MABN, ConvWS, SyncBCN
@@ -222,6 +226,27 @@ def test_no_process_has_a_sample(processes, norm):
             close(grad, torch.zeros_like(grad))
 
 
+def test_norm_eval_reaches_a_converted_layer():
+    norm = TORCH_CONVERT(BCN(8))
+    assert not isinstance(norm.batch_statistics, nn.SyncBatchNorm)
+    assert 'Shared' in repr(norm)
+    for module in norm.modules():  # as a backbone does in train()
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    norm(torch.randn(2, 8, 3, 3))
+    assert norm.training and norm.num_batches_tracked == 0
+
+
+def test_registered_copied_and_pickled():
+    assert MODELS.get('SyncBCN') is SyncBCN
+    cfg = dict(type='SyncBCN', num_groups=4)
+    name, norm = mmcv.cnn.build_norm_layer(cfg, 8, postfix=1)
+    assert name == 'bcn1'
+    x = torch.randn(2, 8, 3, 3)
+    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert (other(x) == copy.deepcopy(norm)(x)).all()
+
+
 def run_groups(rank, x):
     """Each process in a group of its own."""
     groups = [dist.new_group([rank]) for rank in range(2)]
@@ -293,9 +318,9 @@ def test_data_parallel_gradients_are_those_of_the_mean_loss(
             close(buffers[name], buffer)
 
 
-def run_far(norm, x):
+def run_once(norm, x):
     norm(x)
-    return norm.running_var
+    return norm.running_mean, norm.running_var
 
 
 def test_a_large_mean_keeps_its_digits(processes):
@@ -303,5 +328,15 @@ def test_a_large_mean_keeps_its_digits(processes):
     norm = SyncBCN(8, momentum=1.0, estimate=False)
     x = torch.randn(2, 8, 16, 16) + 1e4
     expected = x.double().transpose(0, 1).flatten(1).var(1).float()
-    for var in processes.run(run_far, [norm] * 2, x.split(1)):
+    for _, var in processes.run(run_once, [norm] * 2, x.split(1)):
         torch.testing.assert_close(var, expected, rtol=1e-2, atol=0)
+
+
+def test_images_of_different_sizes_count_the_same(processes):
+    # As a detector pads them; a batch of one process has one size.
+    norm = SyncBCN(8, momentum=1.0).double()
+    xs = [torch.randn(1, 8, s, s + 1).double() + s for s in (3, 6)]
+    mean = sum(x.mean((0, 2, 3)) for x in xs) / 2
+    square = sum(x.square().mean((0, 2, 3)) for x in xs) / 2
+    for result in processes.run(run_once, [norm] * 2, xs):
+        close(result, (mean, square))  # about the old mean, 0

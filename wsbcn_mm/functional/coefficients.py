@@ -12,6 +12,30 @@ from torch import Tensor
 Statistics = Callable[[Tensor, Tensor], Tuple[Tensor, Tensor]]
 
 
+def batch_statistics(
+    mean: Tensor,
+    var: Tensor,
+    center: Optional[Tensor] = None,
+    share: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel over samples and positions.
+
+    Args:
+        mean, var (Tensor): Moments of the input, shape (N, C).
+        center (Tensor | None): What the squares are taken about, shape (C,).
+            Default: None, the mean itself.
+        share (Tensor | None): Of each sample in the batch, shape (N, 1).
+            Default: None, equal ones.
+    """
+
+    def average(values: Tensor) -> Tensor:
+        return values.mean(0) if share is None else (values * share).sum(0)
+
+    batch_mean = average(mean)
+    center = batch_mean if center is None else center
+    return batch_mean, average(var + (mean - center).square())
+
+
 def group_coefficients(
     mean: Tensor,
     var: Tensor,
@@ -91,14 +115,13 @@ def large_batch_channel_coefficients(
     *parameters: Tensor,
     num_groups: int,
     eps: float,
-    statistics: Optional[Statistics] = None,
+    statistics: Statistics = batch_statistics,
 ) -> Tuple[Tensor, Tensor]:
     """Batch-Channel Normalization with the batch's own statistics.
 
-    Gradients flow through ``statistics``, by default
-    :func:`batch_statistics`.
+    Gradients flow through ``statistics``.
     """
-    batch_mean, batch_var = (statistics or batch_statistics)(mean, var)
+    batch_mean, batch_var = statistics(mean, var)
     return batch_channel_coefficients(
         mean,
         var,
@@ -118,7 +141,7 @@ def batch_group_coefficients(
     *,
     num_groups: int,
     eps: float,
-    statistics: Optional[Statistics] = None,
+    statistics: Statistics = batch_statistics,
 ) -> Tuple[Tensor, Tensor]:
     """Batch Group Normalization, whose groups are over the batch as well.
 
@@ -127,11 +150,11 @@ def batch_group_coefficients(
         weight, bias (Tensor): The affine, one pair per channel.
         num_groups (int): Number of groups, a divisor of the channels.
         eps (float): Added to the variance.
-        statistics (Callable | None): From moments to the batch's mean and
-            variance of each channel. Default: :func:`batch_statistics`
+        statistics (Callable): From moments to the batch's mean and variance
+            of each channel. Default: :func:`batch_statistics`
     """
     group_mean, group_var = group_statistics(
-        *(statistics or batch_statistics)(mean, var), num_groups=num_groups
+        *statistics(mean, var), num_groups=num_groups
     )
     scale = weight * _per_channel((group_var + eps).rsqrt(), mean)
     shift = (mean - _per_channel(group_mean, mean)) * scale + bias
@@ -153,30 +176,6 @@ def group_statistics(
     """
     mean, var = (t.unflatten(0, (num_groups, -1)) for t in (mean, var))
     return batch_statistics(mean.t(), var.t())
-
-
-def batch_statistics(
-    mean: Tensor,
-    var: Tensor,
-    center: Optional[Tensor] = None,
-    share: Optional[Tensor] = None,
-) -> Tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel over samples and positions.
-
-    Args:
-        mean, var (Tensor): Moments of the input, shape (N, C).
-        center (Tensor | None): What the squares are taken about, shape (C,).
-            Default: None, the mean itself.
-        share (Tensor | None): Of each sample in the batch, shape (N, 1).
-            Default: None, equal ones.
-    """
-
-    def average(values: Tensor) -> Tensor:
-        return values.mean(0) if share is None else (values * share).sum(0)
-
-    batch_mean = average(mean)
-    center = batch_mean if center is None else center
-    return batch_mean, average(var + (mean - center).square())
 
 
 def updated_estimates(
