@@ -68,6 +68,7 @@ FIXED_NORMALIZATIONS = {
     'mmpretrain.HRFuseScales',
     'mmpretrain.HRNet',
     'mmpretrain.MobileViT',
+    'mmpretrain.RepLKNet',
     'mmpretrain.RepMLPNet',
     'mmseg.BiSeNetV1',
     'mmseg.BiSeNetV2',
@@ -347,7 +348,7 @@ class _Conversion:
             )
         if 'conv_cfg' in parameters:
             old = cfg.get('conv_cfg', parameters['conv_cfg'])
-            new = self._convolution(cfg, component, old)
+            new = self._convolution(cfg, component, parameters)
             if new is not old:
                 cfg['conv_cfg'] = new
                 self.standardized += not _is_plain(new) and _is_plain(old)
@@ -361,9 +362,10 @@ class _Conversion:
         return self.norms[-1]
 
     def _convolution(
-        self, cfg: dict, component, old: Optional[dict]
+        self, cfg: dict, component, parameters: dict
     ) -> Optional[dict]:
         """The ``conv_cfg`` where a normalization follows."""
+        old = cfg.get('conv_cfg', parameters['conv_cfg'])
         kind = re.fullmatch(
             r'(?:Conv|ConvWS|ConvWN|ConvCWN|CenConv)(?:([123])d)?',
             'Conv2d' if old is None else _name(old['type']),
@@ -371,7 +373,10 @@ class _Conversion:
         if (
             not kind
             or _family(component) & PLAIN_CONVOLUTIONS
-            or cfg.get('dcn')  # the two exclude each other
+            or cfg.get('dcn')  # a backbone takes one of the two
+            or cfg.get(
+                'no_norm_on_lateral', parameters.get('no_norm_on_lateral')
+            )
         ):
             return old
         if _is_plain(self.conv_cfg) and _is_plain(old):

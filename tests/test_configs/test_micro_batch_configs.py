@@ -1,0 +1,233 @@
+"""The configs of this package: they parse, build and train."""
+
+import copy
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from training_step import assert_trains, training_step
+
+from wsbcn_mm import BCN, ConvWS, update_rate
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ('mask_rcnn', 'deeplabv3', 'deeplabv3plus')
+PATHS = [
+    p for f in FOLDERS for p in sorted((ROOT / 'configs' / f).glob('*.py'))
+]
+
+
+def walk(cfg):
+    if isinstance(cfg, dict):
+        yield cfg
+        for value in cfg.values():
+            yield from walk(value)
+
+
+def load(name: str) -> Config:
+    folder = name.split('_')[0].replace('mask-rcnn', 'mask_rcnn')
+    return Config.fromfile(ROOT / 'configs' / folder / f'{name}.py')
+
+
+@pytest.fixture(scope='module')
+def read():
+    """Config.fromfile that reads a file once however many inherit from it."""
+    file2dict = functools.lru_cache(maxsize=None)(Config._file2dict)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Config,
+            '_file2dict',
+            staticmethod(lambda *a, **k: copy.deepcopy(file2dict(*a, **k))),
+        )
+        yield Config.fromfile
+
+
+@pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
+def test_config_says_what_its_name_says(path, read):
+    cfg = read(path)
+    name = path.stem
+    images = cfg.train_dataloader.batch_size
+    counts = cfg.optim_wrapper.accumulative_counts
+    optimizer_batch = 8 if 'cityscapes' in name else 16
+    assert f'_1xb{images}-' in name
+    assert images * counts == optimizer_batch
+    # mmengine counts the images of an iteration, without accumulation.
+    assert cfg.auto_scale_lr.base_batch_size == images
+    assert cfg.custom_imports.imports == ['wsbcn_mm']
+
+    backbone = cfg.model.backbone
+    assert backbone.depth == (101 if '_r101' in name else 50)
+    assert backbone.conv_cfg == dict(type='ConvWS')
+    assert backbone.get('frozen_stages', -1) == -1
+    assert not backbone.norm_eval
+    if '-scratch' in name:
+        assert 'init_cfg' not in backbone
+        assert not backbone.zero_init_residual
+    else:
+        checkpoint = f'open-mmlab://jhu/resnet{backbone.depth}_gn_ws'
+        assert backbone.init_cfg.checkpoint == checkpoint
+        assert cfg.model.get('pretrained') is None
+    if '_bcn-ws' in name:
+        affine = backbone.norm_cfg.get('channel_affine', 'group')
+        assert affine == ('group' if '-scratch' in name else 'channel')
+        rate = update_rate(images, optimizer_batch)
+        assert backbone.norm_cfg.momentum == pytest.approx(rate)
+    else:
+        assert backbone.norm_cfg == dict(type='GN', num_groups=32)
+
+    schedulers = cfg.param_scheduler
+    if 'mask-rcnn' in name:
+        warm_up, decay = schedulers
+        assert warm_up.end == 500 * counts and not warm_up.by_epoch
+        epochs, milestones = {
+            '1x': (12, [8, 11]),
+            '2x': (24, [16, 22]),
+            '20-23-24e': (24, [20, 23]),
+        }[name.split(f'_1xb{images}-')[1].split('_')[0]]
+        assert cfg.train_cfg.max_epochs == decay.end == epochs
+        assert decay.milestones == milestones and decay.by_epoch
+    else:
+        # The zoo's 80k steps of 8 images, or 40k steps of 16.
+        iterations = 640_000 // images
+        assert f'-{iterations // 1000}k_' in name
+        assert cfg.train_cfg.max_iters == schedulers[-1].end == iterations
+        assert cfg.train_cfg.val_interval * 10 == iterations
+        assert cfg.default_hooks.checkpoint.interval * 10 == iterations
+
+
+def test_every_combination_is_there():
+    names = {p.stem for p in PATHS}
+    for start in ('', '-scratch'):
+        for depth in (50, 101):
+            for norm in ('bcn', 'gn'):
+                for images in (1, 2):
+                    for schedule in ('1x', '2x', '20-23-24e'):
+                        assert (
+                            f'mask-rcnn_r{depth}{start}_fpn_{norm}-ws-all_'
+                            f'1xb{images}-{schedule}_coco'
+                        ) in names
+    assert len(names) == 96
+
+
+def test_dumped_config_reloads_the_same(tmp_path):
+    cfg = load('mask-rcnn_r50_fpn_gn-ws-all_1xb1-1x_coco')
+    cfg.dump(tmp_path / 'dumped.py')
+    dumped = Config.fromfile(tmp_path / 'dumped.py')
+    assert dumped.to_dict() == cfg.to_dict()
+
+
+def test_metafiles_list_the_configs():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    listed = set()
+    for metafile in index['Import']:
+        assert (ROOT / metafile).is_file()
+        content = yaml.safe_load((ROOT / metafile).read_text())
+        collections = {c['Name'] for c in content.get('Collections', [])}
+        for model in content['Models']:
+            assert model['In Collection'] in collections
+            # Nothing was trained: no result may be claimed.
+            assert 'Results' not in model and 'Weights' not in model
+            listed.add(ROOT / model['Config'])
+    assert listed >= set(PATHS)
+
+
+def check_form(model) -> None:
+    """WS where a normalization follows, and nowhere else."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
+    standardized = [m for m in model.modules() if isinstance(m, ConvWS)]
+    assert norms and standardized
+    assert not any(
+        isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()
+    )
+    plain = {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))
+        and not isinstance(m, ConvWS)
+    }
+    outputs = {
+        'rpn_head.rpn_conv',
+        'rpn_head.rpn_cls',
+        'rpn_head.rpn_reg',
+        'roi_head.mask_head.upsample',
+        'roi_head.mask_head.conv_logits',
+        'decode_head.conv_seg',
+        'auxiliary_head.conv_seg',
+    }
+    # mmseg's depthwise separable convolutions take no conv_cfg.
+    separable = {n for n in plain if 'depthwise' in n or 'pointwise' in n}
+    assert plain - separable <= outputs
+    assert all(c.bias is None for c in standardized)
+
+
+FAST = [
+    'mask-rcnn_r50_fpn_bcn-ws-all_1xb1-1x_coco',
+    'deeplabv3plus_r50b-d8_bcn-ws_1xb1-640k_cityscapes-512x1024',
+    'deeplabv3plus_r50b-d8_gn-ws_1xb1-640k_voc12aug-512x512',
+]
+SLOW = [
+    'mask-rcnn_r50_fpn_gn-ws-all_1xb1-1x_coco',
+    'mask-rcnn_r50-scratch_fpn_bcn-ws-all_1xb2-2x_coco',
+    'mask-rcnn_r50-scratch_fpn_gn-ws-all_1xb1-1x_coco',
+    'mask-rcnn_r101_fpn_bcn-ws-all_1xb1-1x_coco',
+    'mask-rcnn_r101_fpn_gn-ws-all_1xb1-2x_coco',
+    'mask-rcnn_r101-scratch_fpn_bcn-ws-all_1xb1-20-23-24e_coco',
+    'mask-rcnn_r101-scratch_fpn_gn-ws-all_1xb2-1x_coco',
+    'deeplabv3_r50b-d8_bcn-ws_1xb1-640k_voc12aug-512x512',
+    'deeplabv3_r50b-d8_gn-ws_1xb1-640k_cityscapes-769x769',
+    'deeplabv3_r101b-d8_bcn-ws_1xb2-320k_cityscapes-769x769',
+    'deeplabv3_r101b-d8_gn-ws_1xb1-640k_cityscapes-512x1024',
+    'deeplabv3plus_r101b-d8_bcn-ws_1xb1-640k_cityscapes-769x769',
+    'deeplabv3plus_r101b-d8_gn-ws_1xb1-640k_voc12aug-512x512',
+]
+
+
+@pytest.mark.parametrize(
+    'name', FAST + [pytest.param(n, marks=pytest.mark.slow) for n in SLOW]
+)
+def test_full_size_model_trains_on_one_image(name):
+    cfg = load(name)
+    size = (64, 96) if 'mask-rcnn' in name else (65, 65)
+    model, loss = training_step(cfg.model, cfg.default_scope, size)
+    assert_trains(model, loss)
+    check_form(model)
+    assert any(isinstance(m, BCN) for m in model.modules()) == (
+        '_bcn-ws' in name
+    )
+
+
+@pytest.mark.slow
+def test_every_full_size_model_builds(read):
+    built = set()
+    for path in PATHS:
+        model = read(path).model
+        for part in walk(model):
+            part.pop('momentum', None)
+        key = json.dumps(model.to_dict(), sort_keys=True, default=str)
+        if key in built:
+            continue
+        built.add(key)
+        scope = 'mmdet' if 'mask-rcnn' in path.stem else 'mmseg'
+        with torch.device('meta'), DefaultScope.overwrite_default_scope(scope):
+            check_form(MODELS.build(model))
+    assert len(built) == 8 + 24
+
+
+@pytest.mark.slow
+def test_full_resolution():
+    cfg = load('mask-rcnn_r50_fpn_bcn-ws-all_1xb1-1x_coco')
+    assert_trains(*training_step(cfg.model, 'mmdet', (800, 1216)))
+
+
+def test_image_pooling_and_narrow_decoder():
+    """Where BN raises at one image, and GN(32) cannot be built."""
+    cfg = load('deeplabv3plus_r50b-d8_bcn-ws_1xb1-640k_cityscapes-512x1024')
+    head = cfg.model.decode_head
+    assert head.c1_channels == 48 and head.norm_cfg.num_groups == 32
+    cfg = load('deeplabv3plus_r50b-d8_gn-ws_1xb1-640k_cityscapes-512x1024')
+    assert cfg.model.decode_head.norm_cfg.num_groups == 16
+    assert cfg.model.backbone.norm_cfg.num_groups == 32
