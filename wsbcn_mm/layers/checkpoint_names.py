@@ -100,7 +100,11 @@ def _compare_weights(parent, state_dict, prefix, local_metadata) -> None:
     report = current_report()
     for name, child in parent._modules.items():
         weight = state_dict.get(f'{prefix}{name}.weight')
-        if not isinstance(child, _ConvNd) or weight is None:
+        if (
+            not isinstance(child, _ConvNd)
+            or weight is None
+            or weight.shape != child.weight.shape
+        ):
             continue
         standardizes = _standardizes(child)
         if record is None:

@@ -1,0 +1,142 @@
+"""Take the layers of wsbcn_mm out of a trained model.
+
+Writes OUT.pth and OUT.py, a checkpoint and a config that stock MMDetection,
+MMSegmentation or MMPretrain loads without this package. Where no such config
+exists, and for other runtimes, ``--onnx`` writes OUT.onnx instead.
+"""
+
+import argparse
+import os
+
+import torch
+from mmengine.registry import MODELS
+from mmengine.runner import load_checkpoint, save_checkpoint
+
+import wsbcn_mm
+from wsbcn_mm.deploy import fold_for_inference
+from wsbcn_mm.engine.checkpoint import read_config, read_state_dict
+from wsbcn_mm.engine.command_line import UsageError, run
+from wsbcn_mm.engine.stock import NotExpressible, stock_model
+
+TOLERANCE = 1e-4  # of the largest output; float32 through a hundred layers
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='the config the model was trained with')
+    parser.add_argument('checkpoint', help='the trained checkpoint')
+    parser.add_argument('out', help='what the new files begin with')
+    parser.add_argument(
+        '--onnx',
+        action='store_true',
+        help='write OUT.onnx, for a segmentor or a classifier',
+    )
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        default=[256, 320],
+        metavar=('HEIGHT', 'WIDTH'),
+        help='size of the image to compare outputs with, and that of the '
+        'exported model',
+    )
+    return parser.parse_args()
+
+
+def outputs(model, image):
+    """What comes before predictions are chosen, as a list of tensors."""
+    with torch.no_grad():
+        if hasattr(model, 'rpn_head') or hasattr(model, 'bbox_head'):
+            features = model.extract_feat(image)
+            head = getattr(model, 'rpn_head', None) or model.bbox_head
+            result = [features, head(features)]
+            if getattr(model, 'roi_head', None) is not None:
+                height, width = image.shape[2:]
+                rois = image.new_tensor([[0, 0, 0, width / 2, height / 2]])
+                result += model.roi_head.forward(
+                    features, [_proposals(rois[:, 1:])]
+                )
+        else:
+            result = model(image, mode='tensor')
+    return list(_tensors(result))
+
+
+def _proposals(boxes):
+    from mmengine.structures import InstanceData
+
+    return InstanceData(bboxes=boxes)
+
+
+def _tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def compare(model, folded, image) -> float:
+    differences = []
+    for new, old in zip(outputs(folded, image), outputs(model, image)):
+        scale = old.abs().max().clamp(min=1e-6)
+        differences.append(((new - old).abs().max() / scale).item())
+    if not max(differences) < TOLERANCE:
+        raise UsageError(
+            f'the folded model does not compute the same (it is off by '
+            f'{max(differences):.1e} of the largest output); nothing was '
+            'written. Please report it.'
+        )
+    return max(differences)
+
+
+def main():
+    args = parse_args()
+    cfg = read_config(args.config)
+    read_state_dict(args.checkpoint)  # says what is wrong with it, if so
+    model = MODELS.build(cfg.model)
+    load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True)
+    model.eval()
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, *args.shape)
+    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    if args.onnx:
+        folded, report = fold_for_inference(model, return_report=True)
+        print(report)
+        difference = compare(model, folded, image)
+        with torch.no_grad():
+            torch.onnx.export(
+                folded, (image,), f'{args.out}.onnx', dynamo=True
+            )
+        written = f'{args.out}.onnx'
+    else:
+        try:
+            stock_cfg, stock = stock_model(cfg, model)
+        except NotExpressible as error:
+            raise UsageError(str(error)) from error
+        difference = compare(model, stock, image)
+        save_checkpoint(
+            dict(
+                state_dict=stock.state_dict(),
+                meta=dict(
+                    folded_by=f'wsbcn_mm {wsbcn_mm.__version__}',
+                    dataset_meta=_dataset_meta(args.checkpoint),
+                ),
+            ),
+            f'{args.out}.pth',
+        )
+        stock_cfg.dump(f'{args.out}.py')
+        written = f'{args.out}.pth and {args.out}.py'
+    print(
+        f'Wrote {written}. Outputs differ by at most {difference:.1e} of the '
+        'largest one.'
+    )
+
+
+def _dataset_meta(path: str) -> dict:
+    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    meta = checkpoint.get('meta') or {}
+    return meta.get('dataset_meta') or {}
+
+
+if __name__ == '__main__':
+    run(main)
