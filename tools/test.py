@@ -76,6 +76,14 @@ def draw(cfg, args) -> None:
 def augment(cfg) -> None:
     """Average over each image and its mirror image, or as the config says."""
     model = cfg.get('tta_model') or TTA_MODELS[cfg.default_scope]
+    if model['type'] == 'DetTTAModel' and (
+        'mask_head' in cfg.model
+        or 'mask_head' in cfg.model.get('roi_head', {})
+    ):
+        raise UsageError(
+            '--tta: MMDetection merges boxes, not masks. Leave it out for '
+            f'{cfg.model.type}.'
+        )
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset

@@ -12,24 +12,25 @@ model = dict(
         base_channels=16,
         frozen_stages=-1,
         norm_eval=False,
+        zero_init_residual=False,  # as the zoo's configs from scratch
         init_cfg=None,
     ),
-    neck=dict(in_channels=[16, 32, 64, 128], out_channels=64, num_outs=4),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=48, num_outs=4),
     rpn_head=dict(
-        in_channels=64,
-        feat_channels=64,
+        in_channels=48,
+        feat_channels=48,
         anchor_generator=dict(scales=[6], strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=64),
-        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=10),
-        mask_roi_extractor=dict(out_channels=64),
-        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=10),
+        bbox_roi_extractor=dict(out_channels=48),
+        bbox_head=dict(in_channels=48, fc_out_channels=256, num_classes=10),
+        mask_roi_extractor=dict(out_channels=48),
+        mask_head=dict(in_channels=48, conv_out_channels=48, num_classes=10),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=400, max_per_img=200),
-        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
+        rcnn=dict(sampler=dict(num=48, pos_fraction=0.5)),
     ),
     test_cfg=dict(
         rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=50)
@@ -44,13 +45,11 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10),
 )
 param_scheduler = [
-    dict(
-        type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100
-    ),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
         type='CosineAnnealingLR',
         begin=0,

@@ -57,7 +57,7 @@ def parse_args(args=None):
         '--out', default='data/digit_scenes', help='folder to make'
     )
     parser.add_argument(
-        '--num-train', type=int, default=300, help='training images'
+        '--num-train', type=int, default=500, help='training images'
     )
     parser.add_argument(
         '--num-val', type=int, default=60, help='validation images'
@@ -69,7 +69,7 @@ def parse_args(args=None):
     parser.add_argument(
         '--spread',
         type=float,
-        default=0.5,
+        default=0.4,
         help='how much images differ, 0 (all alike) to 1 (as photographs)',
     )
     parser.add_argument(

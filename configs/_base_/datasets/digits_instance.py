@@ -2,7 +2,7 @@
 dataset_type = 'CocoDataset'
 data_root = 'data/digit_scenes/'
 metainfo = dict(classes=tuple('0123456789'))
-image_scale = (128, 128)
+image_scale = (160, 160)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -2,7 +2,7 @@
 # Cityscapes, with classes of its own.
 dataset_type = 'BaseSegDataset'
 data_root = 'data/digit_scenes/'
-crop_size = (128, 128)
+crop_size = (160, 160)
 dataset = dict(
     type=dataset_type,
     data_root=data_root,

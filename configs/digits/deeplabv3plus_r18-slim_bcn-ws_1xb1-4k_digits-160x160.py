@@ -1,4 +1,4 @@
-_base_ = './deeplabv3plus_r18-slim_bn_1xb1-4k_digits-128x128.py'
+_base_ = './deeplabv3plus_r18-slim_bn_1xb1-4k_digits-160x160.py'
 
 from wsbcn_mm import micro_batch_model
 
