@@ -132,8 +132,9 @@ def micro_batch_model(
         conv_cfg (dict | None): The convolution where a normalization follows,
             ``dict(type='Conv2d')`` for none with Weight Standardization.
             Default: None, ``dict(type='ConvWS')``
-        images_per_gpu (int): Images in one forward pass of one process, the
-            ``batch_size`` of the train dataloader. Default: 1
+        images_per_gpu (int): Images in one forward pass: the ``batch_size``
+            of the train dataloader, times the number of processes if they
+            share their estimates (``SyncEstimatesHook``). Default: 1
         images_per_update (int): Images in one optimizer step, over all
             processes and accumulated passes. Default: 16
         pretrained (bool | str | None): What becomes of ImageNet checkpoints.

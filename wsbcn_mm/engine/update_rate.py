@@ -14,8 +14,9 @@ def update_rate(images_per_gpu: int = 1, images_per_update: int = 16) -> float:
     for BN), and as many times less as there are forwards in a step.
 
     Args:
-        images_per_gpu (int): Images in one forward pass of one process.
-            Default: 1
+        images_per_gpu (int): Images in one forward pass of one process, or
+            of all processes if they share their estimates (``SyncBCN``,
+            ``SyncEstimatesHook``). Default: 1
         images_per_update (int): Images in one optimizer step, over all
             processes and accumulated passes. Default: 16
 
