@@ -260,6 +260,8 @@ def test_grids_of_the_study_are_sound(name):
             images=cell['images'],
             batch_size=cell['batch_size'],
         )
+        if 'config' in cell:
+            assert osp.isfile(osp.join(STUDY, '..', '..', cell['config']))
         if grid.tune is None:
             assert 'lr' in cell
     if osp.isdir(osp.join(STUDY, '..', '..', 'resources', 'study')):
@@ -396,3 +398,44 @@ def test_commands_run_resume_and_report(tmp_path):
         'report.py', f'--work-dir={tmp_path}', f'--out={tmp_path / "out"}'
     )
     assert again == text
+
+
+MINIATURE = dict(
+    task='openmmlab',
+    images=1,
+    batch_size=2,
+    steps=1,
+    num_train=4,
+    num_val=2,
+    image_size=96,
+    spread=0.5,
+    lr=1e-3,
+    seed=0,
+    split='test',
+)
+
+
+@pytest.mark.slow
+def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    from study.runs import run_cell
+    from study.tasks import openmmlab
+
+    monkeypatch.chdir(tmp_path)
+    openmmlab.prepare([MINIATURE])
+
+    def record(name, method):
+        grid = Grid(osp.join(STUDY, 'grids', f'{name}.py'))
+        cell = {**grid.cells[0], **MINIATURE, 'method': method}
+        return run_cell(cell, str(tmp_path / 'cells')), grid.report['metric']
+
+    detection, metric = record('detection', 'BCN+WS')
+    assert 'error' not in detection, detection['traceback']
+    assert 0 <= detection['result'][metric] <= 1
+    segmentation, metric = record('segmentation', 'BCN+WS')
+    assert 'error' not in segmentation, segmentation['traceback']
+    assert 0 <= segmentation['result'][metric] <= 100
+    # BN cannot run at one image, which is a row of the table.
+    failed, _ = record('segmentation', 'BN')
+    assert 'Expected more than 1 value per channel' in failed['error']

@@ -1,7 +1,7 @@
 # DeepLabV3+ from scratch at one image, where BN cannot run, and at two.
 task = 'openmmlab'
 common = dict(
-    config='configs/digits/deeplabv3plus_r18-slim_bn_1xb1-4k_digits-128x128.py',
+    config='configs/digits/deeplabv3plus_r18-slim_bn_1xb1-4k_digits-160x160.py',
     steps=1000,
     batch_size=4,
     num_val=300,

@@ -126,7 +126,11 @@ def build_config(settings: dict, work_dir: str) -> Config:
     ]
     cfg.randomness = dict(seed=settings['seed'])
     cfg.work_dir = work_dir
-    cfg.experiment_name = osp.basename(work_dir)
+    name = osp.basename(work_dir)  # several trainings share a process
+    cfg.experiment_name = name
+    cfg.visualizer = dict(
+        type='Visualizer', name=name, vis_backends=cfg.vis_backends
+    )
     cfg.log_level = 'WARNING'
     return cfg
 
