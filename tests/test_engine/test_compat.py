@@ -3,15 +3,18 @@ import os
 import pickle
 import pickletools
 import zipfile
+from importlib import metadata
 
+import mmengine
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
 
-import wsbcn_mm  # noqa: F401
+from wsbcn_mm.engine.compat import register_configs
 
 refusing = pytest.mark.skipif(
     digit_version(torch.__version__) < digit_version('2.6'),
@@ -197,3 +200,31 @@ def test_configs_resolve_by_package_name(tmp_path):
 def test_missing_config_names_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match='no_such_config'):
         base_config(tmp_path, 'wsbcn_mm::digits/no_such_config.py')
+
+
+def test_configs_resolve_in_the_fork(tmp_path, monkeypatch):
+    """Its distribution is not called mmsegmentation, as MMEngine expects."""
+    find_version = metadata.version
+
+    def version(name):
+        if name == 'mmsegmentation':
+            raise metadata.PackageNotFoundError(name)
+        return find_version(name)
+
+    monkeypatch.setattr(metadata, 'version', version)
+    monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+    for function in ('is_installed', 'get_installed_path'):
+        real = getattr(mmengine.config.config, function)
+
+        def without_mmsegmentation(name, real=real):
+            return real('no_such_package' if 'segment' in name else name)
+
+        monkeypatch.setattr(
+            mmengine.config.config, function, without_mmsegmentation
+        )
+    base = 'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'
+    with pytest.raises(ModuleNotFoundError, match='mmsegmentation'):
+        base_config(tmp_path, base)
+    register_configs()
+    assert base_config(tmp_path, base).model.type == 'EncoderDecoder'
+    assert MODULE2PACKAGE['wsbcn_mm'] == 'wsbcn_mm.version'

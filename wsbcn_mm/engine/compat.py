@@ -15,6 +15,8 @@ rest.
 
 import math
 import re
+from importlib import metadata
+from importlib.util import find_spec
 from pickle import UnpicklingError
 
 import numpy as np
@@ -138,7 +140,15 @@ def allow_mmengine_checkpoints() -> None:
 
 
 def register_configs() -> None:
-    """Make ``_base_ = 'wsbcn_mm::...'`` resolve."""
+    """Make ``_base_ = 'wsbcn_mm::...'`` resolve; ``'mmseg::...'`` anywhere."""
+    # MMEngine looks for the distribution mmsegmentation where a config says
+    # mmseg::. The maintained fork's has another name: find it by its module.
+    for module, package in MODULE2PACKAGE.items():
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            if not find_spec(package) and find_spec(module):
+                MODULE2PACKAGE[module] = module
     # Not the distribution's name: MMEngine would look for the configs where
     # its metadata lies, which an editable install keeps elsewhere. Of a
     # module it takes the folder.
