@@ -32,6 +32,7 @@ class CenConv(ConvBase, nn.Conv2d):
         ValueError: If a filter has a single weight.
 
     Example:
+        >>> import torch
         >>> conv = CenConv(64, 128, 3, padding=1, bias=False)
         >>> conv(torch.randn(1, 64, 8, 8)).shape
         torch.Size([1, 128, 8, 8])

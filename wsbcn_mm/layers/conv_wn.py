@@ -96,6 +96,7 @@ class ConvWN(_WeightNormalization, nn.Conv2d):
         ValueError: If ``eps`` is negative.
 
     Example:
+        >>> import torch
         >>> conv = ConvWN(64, 128, 3, padding=1, bias=False)
         >>> conv(torch.randn(1, 64, 8, 8)).shape
         torch.Size([1, 128, 8, 8])
@@ -138,6 +139,7 @@ class ConvCWN(_WeightNormalization, nn.Conv2d):
         ValueError: If a filter has a single weight, or ``eps`` is negative.
 
     Example:
+        >>> import torch
         >>> conv = ConvCWN(64, 128, 3, padding=1, bias=False)
         >>> conv(torch.randn(1, 64, 8, 8)).shape
         torch.Size([1, 128, 8, 8])
