@@ -64,17 +64,21 @@ FIXED_NORMALIZATIONS = {
     'mmdet.DilatedEncoder',
     'mmdet.DoubleConvFCBBoxHead',
     'mmdet.DyHead',
+    'mmdet.GridHead',
     'mmdet.HourglassNet',
     'mmpretrain.HRFuseScales',
     'mmpretrain.HRNet',
     'mmpretrain.MobileViT',
+    'mmpretrain.PyramidVig',
     'mmpretrain.RepLKNet',
     'mmpretrain.RepMLPNet',
+    'mmpretrain.Vig',
     'mmseg.BiSeNetV1',
     'mmseg.BiSeNetV2',
     'mmseg.DDRNet',
     'mmseg.ERFNet',
     'mmseg.PIDNet',
+    'mmseg.STDCContextPathNet',
 }
 
 # Their owner hands its own norm_cfg and conv_cfg on to them.
