@@ -1,0 +1,112 @@
+"""The small setting of every benchmark, so that they cannot rot."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmarks'
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name, *options):
+        importlib.import_module(name).main(
+            ['--device', 'cpu', '--small', '--repeats', '1']
+            + ['--out', str(tmp_path), *options]
+        )
+        written = json.loads((tmp_path / f'{name}.json').read_text())
+        assert written['environment']['torch'] == torch.__version__
+        assert (tmp_path / f'{name}.md').read_text().startswith('| ')
+        assert list(tmp_path.glob(f'{name}*.png'))
+        return written['results']
+
+    yield run
+    for name in ('_harness', '_variants', 'norm_layers', 'conv_ws'):
+        sys.modules.pop(name, None)
+
+
+def test_norm_layers(benchmark):
+    results = benchmark(
+        'norm_layers', '--dtypes', 'float32', 'bfloat16', '--layouts',
+        'contiguous', 'channels_last',
+    )  # fmt: skip
+    assert len(results) == 8 * 2 * 2 * 2
+    by_layer = {
+        r['layer']: r
+        for r in results
+        if r['dtype'] == 'float32' and r['shape'] == [2, 32, 5, 7]
+    }
+    # Only the input and small tensors are kept, as by GroupNorm.
+    size = 2 * 32 * 5 * 7 * 4 / 2**20
+    assert by_layer['BCN']['saved_mib'] < 1.5 * size
+    assert by_layer['BCN textbook']['saved_mib'] > 1.9 * size
+    assert all(r['ms'] > 0 and r['over_floor'] > 0 for r in results)
+
+
+def test_what_bcn_is_compared_with_computes_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from wsbcn_mm import BCN
+
+    variants = importlib.import_module('_variants')
+    x = torch.randn(2, 64, 5, 7)
+    layers = [
+        layer(64) for layer in (BCN, variants.TextbookBCN, variants.AuthorsBCN)
+    ]
+    for _ in range(3):
+        expected, *others = (layer(x) for layer in layers)
+        for y in others:
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_conv_ws(benchmark):
+    results = benchmark('conv_ws', '--calls', '3')
+    assert {r['layer'] for r in results} == {
+        'Conv2d', 'mmcv ConvWS', 'ConvWS',
+    }  # fmt: skip
+    for ours, theirs in zip(
+        *([r for r in results if r['layer'] == name]
+          for name in ('ConvWS', 'mmcv ConvWS'))
+    ):  # fmt: skip
+        assert ours['saved_mib'] < theirs['saved_mib']
+
+
+def test_the_convolutions_are_those_of_resnet50(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from torchvision.models import resnet50
+
+    count = {}
+    for module in resnet50().modules():
+        if isinstance(module, torch.nn.Conv2d):
+            size = (module.in_channels, module.out_channels)
+            conv = (*size, module.kernel_size[0], module.stride[0])
+            count[conv] = count.get(conv, 0) + 1
+    assert importlib.import_module('conv_ws').resnet50() == count
+
+
+@pytest.mark.slow
+def test_mask_rcnn_step(benchmark):
+    results = benchmark(
+        'mask_rcnn_step', '--variants', 'BCN + ConvWS',
+        "BCN, authors' form, + mmcv's ConvWS",
+    )  # fmt: skip
+    ours, theirs = (r['loss'] for r in results)
+    assert ours == pytest.approx(theirs, rel=1e-2)
+
+
+def test_a_missing_gpu_is_named(benchmark):
+    if torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    with pytest.raises(SystemExit, match='torch sees no GPU'):
+        benchmark('conv_ws', '--device', 'cuda')
+
+
+def test_the_driver_is_valid_shell():
+    import subprocess
+
+    subprocess.run(['bash', '-n', str(FOLDER / 'run_all.sh')], check=True)

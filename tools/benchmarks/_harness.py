@@ -1,0 +1,252 @@
+"""What the benchmarks share: fair timing, the floor, and the reports."""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Callable, Dict, Iterable, List
+
+import mmcv
+import mmengine
+import torch
+from rich.progress import track
+
+import wsbcn_mm
+
+STATISTICS = {'median': statistics.median, 'minimum': min}
+
+
+def parser(description: str, out: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    result = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    result.add_argument(
+        '--device',
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        choices=['cpu', 'cuda'],
+    )
+    result.add_argument(
+        '--repeats', type=int, default=20, help='timings of each variant'
+    )
+    result.add_argument(
+        '--statistic',
+        default='median',
+        choices=list(STATISTICS),
+        help='of the timings; the minimum on a machine that others use',
+    )
+    result.add_argument(
+        '--threads', type=int, default=0, help='CPU threads, 0: as it is'
+    )
+    result.add_argument(
+        '--out', type=Path, default=Path('work_dirs/benchmarks') / out
+    )
+    result.add_argument(
+        '--small', action='store_true', help='tiny sizes, to see that it runs'
+    )
+    return result
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Check and apply the options."""
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise SystemExit(
+            'error: --device cuda, but torch sees no GPU '
+            f'(torch {torch.__version__}, CUDA {torch.version.cuda}). '
+            'Use --device cpu.'
+        )
+    if args.repeats < 1:
+        raise SystemExit(
+            f'error: --repeats must be at least 1, got {args.repeats}'
+        )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+
+def synchronize(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def seconds(
+    functions: Dict[str, Callable],
+    device: str,
+    repeats: int,
+    statistic: str = 'median',
+) -> Dict[str, float]:
+    """How long each takes.
+
+    They take turns, so that a busy or throttled machine is unfair to all.
+    """
+    times = {name: [] for name in functions}
+    for repeat in range(-2, repeats):  # two rounds to warm up
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if repeat >= 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: STATISTICS[statistic](t) for name, t in times.items()}
+
+
+def copy_bandwidth(device: str, size: int) -> float:
+    """Bytes a second, read and written, of copies of ``size`` bytes."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    functions = {'copy': lambda: target.copy_(source)}
+    return 2 * size / seconds(functions, device, 10, 'minimum')['copy']
+
+
+def saved_bytes(function: Callable) -> int:
+    """Bytes of the tensors that a forward pass saves, each memory once."""
+    memory = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        memory[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function()
+    return sum(memory.values())
+
+
+def peak_bytes(function: Callable, device: str) -> int:
+    """Peak of the CUDA memory that a call takes, 0 elsewhere."""
+    if device != 'cuda':
+        return 0
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def launches(function: Callable, device: str) -> int:
+    """CUDA kernels, copies and fills of a call, 0 elsewhere."""
+    if device != 'cuda':
+        return 0
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type == DeviceType.CUDA for event in profiler.events()
+    )
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def each(items: List, description: str):
+    """Iterate with a progress bar."""
+    return track(items, description=description)
+
+
+def environment(device: str) -> dict:
+    """When, on what and with what."""
+    machine = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').exists():
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        names = [
+            line.split(':')[1].strip()
+            for line in lines
+            if 'model name' in line
+        ]
+        machine = names[0] if names else machine
+    result = dict(
+        date=datetime.now(timezone.utc).isoformat(timespec='minutes'),
+        cpu=machine,
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        load_average=round(os.getloadavg()[0], 1),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        mmengine=mmengine.__version__,
+        mmcv=mmcv.__version__,
+        wsbcn_mm=wsbcn_mm.__version__,
+    )
+    if device == 'cuda':
+        result.update(
+            gpu=torch.cuda.get_device_name(),
+            cuda=torch.version.cuda,
+            driver_capability='.'.join(
+                map(str, torch.cuda.get_device_capability())
+            ),
+        )
+    return result
+
+
+def markdown(header: List[str], rows: List[List]) -> str:
+    """A table for a README."""
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join(
+        '| ' + ' | '.join(_cell(cell) for cell in line) + ' |'
+        for line in lines
+    )
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        if math.isnan(value):
+            return '-'
+        return f'{value:.2f}' if abs(value) < 100 else f'{value:.0f}'
+    return str(value)
+
+
+def report(
+    out: Path, name: str, args: argparse.Namespace, results: list, table: str
+) -> None:
+    """Write a JSON file and a table, and print the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = dict(
+        benchmark=name,
+        arguments={k: str(v) for k, v in vars(args).items()},
+        environment=environment(args.device),
+        results=results,
+    )
+    (out / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
+    where = content['environment']
+    line = (
+        f'{where.get("gpu", where["cpu"])}, {where["threads"]} threads, torch '
+        f'{where["torch"]}, {where["date"]}, load {where["load_average"]}, '
+        f'{args.statistic} of {args.repeats}'
+    )
+    (out / f'{name}.md').write_text(f'{table}\n\n{line}\n')
+    print(f'{table}\n\n{line}\nwritten to {out}')
+
+
+def bar_plot(
+    path: Path, groups: List[str], bars: Dict[str, List[float]], label: str
+) -> None:
+    """Save a plot with one bar a variant in each group."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        figsize=(max(6, 1.6 * len(groups)), 4), layout='constrained'
+    )
+    width = 0.8 / len(bars)
+    for i, (name, values) in enumerate(bars.items()):
+        places = [g + (i + 0.5) * width - 0.4 for g in range(len(groups))]
+        axes.bar(places, values, width, label=name)
+    axes.set_xticks(range(len(groups)), groups, rotation=20, fontsize=8)
+    axes.set_ylabel(label)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,216 @@
+"""How long does a normalization layer take, and what does it keep?
+
+Forward and backward of one layer in training, in shapes of ResNet-50-FPN.
+The floor is 8 passes over the activations at the speed of a copy: 2 reads and
+a write forward, 4 reads and a write backward.
+
+    python tools/benchmarks/norm_layers.py --device cpu --threads 2
+"""
+
+import importlib
+from contextlib import nullcontext
+
+import torch
+from _harness import (
+    bar_plot,
+    begin,
+    copy_bandwidth,
+    each,
+    geometric_mean,
+    launches,
+    markdown,
+    parser,
+    peak_bytes,
+    report,
+    saved_bytes,
+    seconds,
+)
+from _variants import AuthorsBCN, BatchThenGroupNorm, TextbookBCN
+from torch import nn
+
+from wsbcn_mm import BCN
+from wsbcn_mm.functional import kernels
+
+PASSES = 8
+MAIN_SHAPES = [
+    (1, 256, 200, 304),
+    (2, 64, 200, 304),
+    (1, 1024, 50, 76),
+    (2, 2048, 25, 38),
+]
+CUDA_SHAPES = [
+    *MAIN_SHAPES,
+    (1, 64, 400, 608),
+    (1, 512, 100, 152),
+    (2, 256, 200, 304),
+    (512, 256, 7, 7),
+    (128, 256, 14, 14),
+]
+LAYERS = {
+    'GroupNorm': lambda channels: nn.GroupNorm(32, channels),
+    'BatchNorm': nn.BatchNorm2d,
+    'BatchNorm + GroupNorm': BatchThenGroupNorm,
+    'BCN textbook': TextbookBCN,
+    "BCN authors' form": AuthorsBCN,
+}
+BACKENDS = {'cpu': ['plain', 'cpu'], 'cuda': ['plain', 'cuda', 'fused']}
+FORMATS = {
+    'contiguous': torch.contiguous_format,
+    'channels_last': torch.channels_last,
+}
+
+
+def variants(device, shape):
+    """Names to layers and to what chooses their kernels."""
+    channels = shape[1]
+    for name, layer in LAYERS.items():
+        yield name, layer(channels).to(device), nullcontext
+    yield 'BCN', BCN(channels).to(device), nullcontext
+    for backend in BACKENDS[device]:
+        module = importlib.import_module(
+            f'wsbcn_mm.functional.kernels.{backend}'
+        )
+        yield (
+            f'BCN [{backend}]',
+            BCN(channels).to(device),
+            lambda module=module: kernels.use(device, module),
+        )
+
+
+def step(layer, kernel, x, dtype, device):
+    """Forward and backward, and forward alone."""
+    autocast = (
+        torch.autocast(device, dtype)
+        if dtype != torch.float32
+        else (nullcontext())
+    )
+
+    def forward():
+        with kernel(), autocast:
+            return layer(x)
+
+    grad = torch.randn_like(forward())
+
+    def both():
+        y = forward()
+        with kernel():
+            y.backward(grad)
+        x.grad = None
+        layer.zero_grad()
+
+    return forward, both
+
+
+def measure(shape, dtype, layout, args):
+    x = torch.randn(shape, device=args.device).to(dtype)
+    x = x.contiguous(memory_format=FORMATS[layout]).requires_grad_()
+    size = x.numel() * x.element_size()
+    functions, rows = {}, {}
+    for name, layer, kernel in variants(args.device, shape):
+        forward, both = step(layer, kernel, x, dtype, args.device)
+        functions[name] = both
+        rows[name] = dict(
+            saved_mib=saved_bytes(forward) / 2**20,
+            peak_mib=peak_bytes(both, args.device) / 2**20,
+            launches=launches(both, args.device),
+        )
+    times = seconds(functions, args.device, args.repeats, args.statistic)
+    floor = PASSES * size / copy_bandwidth(args.device, size)
+    for name, time in times.items():
+        rows[name].update(
+            shape=shape,
+            dtype=str(dtype).replace('torch.', ''),
+            layout=layout,
+            layer=name,
+            ms=time * 1e3,
+            over_group_norm=time / times['GroupNorm'],
+            over_floor=time / floor,
+            floor_ms=floor * 1e3,
+        )
+    return list(rows.values())
+
+
+def summary(results):
+    """Each layer's time over GroupNorm's, and so on, in the mean."""
+    layers = list(dict.fromkeys(r['layer'] for r in results))
+    settings = list(dict.fromkeys((r['dtype'], r['layout']) for r in results))
+    for dtype, layout in settings:
+        chosen = [
+            r for r in results if (r['dtype'], r['layout']) == (dtype, layout)
+        ]
+        bcn = [r['ms'] for r in chosen if r['layer'] == 'BCN']
+        for layer in layers:
+            mine = [r for r in chosen if r['layer'] == layer]
+            yield [
+                dtype,
+                layout,
+                layer,
+                *(
+                    geometric_mean([r[key] for r in mine])
+                    for key in ('ms', 'over_group_norm')
+                ),
+                geometric_mean([b / r['ms'] for b, r in zip(bcn, mine)]),
+                geometric_mean([r['over_floor'] for r in mine]),
+                sum(r['saved_mib'] for r in mine),
+                sum(r['peak_mib'] for r in mine),
+                max(r['launches'] for r in mine),
+            ]
+
+
+def main(argv=None):
+    options = parser(__doc__.split('\n')[0], 'norm_layers')
+    options.add_argument(
+        '--dtypes',
+        nargs='+',
+        default=None,
+        choices=['float32', 'bfloat16', 'float16'],
+        help='default: float32 on CPU, all on CUDA',
+    )
+    options.add_argument(
+        '--layouts', nargs='+', default=None, choices=list(FORMATS)
+    )
+    args = options.parse_args(argv)
+    begin(args)
+    on_cuda = args.device == 'cuda'
+    shapes = CUDA_SHAPES if on_cuda else MAIN_SHAPES
+    if args.small:
+        shapes = [(1, 64, 8, 8), (2, 32, 5, 7)]
+    dtypes = args.dtypes or (
+        ['float32', 'bfloat16', 'float16'] if on_cuda else ['float32']
+    )
+    layouts = args.layouts or (list(FORMATS) if on_cuda else ['contiguous'])
+    settings = [
+        (shape, getattr(torch, dtype), layout)
+        for dtype in dtypes
+        for layout in layouts
+        for shape in shapes
+    ]
+    results = []
+    for setting in each(settings, 'Normalization layers'):
+        results += measure(*setting, args)
+    header = [
+        'dtype', 'layout', 'layer', 'ms', '/ GroupNorm', 'BCN / it',
+        '/ floor', 'saved MiB', 'peak MiB', 'launches',
+    ]  # fmt: skip
+    table = markdown(header, list(summary(results)))
+    report(args.out, 'norm_layers', args, results, table)
+    for dtype in dtypes:
+        for layout in layouts:
+            chosen = [
+                r
+                for r in results
+                if (r['dtype'], r['layout']) == (dtype, layout)
+            ]
+            bars = {}
+            for r in chosen:
+                bars.setdefault(r['layer'], []).append(r['over_group_norm'])
+            bar_plot(
+                args.out / f'norm_layers_{dtype}_{layout}.png',
+                ['x'.join(map(str, shape)) for shape in shapes],
+                bars,
+                'time / GroupNorm',
+            )
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Parity tests and every benchmark on this machine, into one folder.
+#
+#   bash tools/benchmarks/run_all.sh [folder]       # the GPU if there is one
+#   DEVICE=cpu bash tools/benchmarks/run_all.sh     # about 10 minutes on 2 cores
+#
+# About 10 minutes on a GPU. Layers and convolutions need torch, mmengine and
+# mmcv; the Mask R-CNN steps mmdet and mmcv's ops for the device (see
+# tools/setup_env.sh: WITH_CUDA=1, TORCH_CUDA_ARCH_LIST) and are left out, and
+# said to be, where one is missing.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+out=${1:-work_dirs/benchmarks}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+device=${DEVICE:-$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')}
+mkdir -p "$out"
+failed=()
+
+step() { # a name for the log, then a command
+    local name=$1
+    shift
+    echo "== $name"
+    "$@" >"$out/$name.log" 2>&1 || failed+=("$name")
+    tail -n 30 "$out/$name.log"
+}
+
+step parity "$python" -m pytest -rs tests/test_functional/test_kernels.py
+step norm_layers "$python" tools/benchmarks/norm_layers.py \
+    --device "$device" --out "$out"
+step conv_ws "$python" tools/benchmarks/conv_ws.py --device "$device" \
+    --out "$out" $([ "$device" = cuda ] && echo --dtypes float32 float16)
+if "$python" - "$device" <<'EOF'; then
+import sys
+
+import mmdet  # noqa: F401
+import torch
+from mmcv.ops import nms
+
+boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=sys.argv[1])
+nms(boxes, boxes[:, 0] + 1, 0.5)
+EOF
+    step mask_rcnn_step "$python" tools/benchmarks/mask_rcnn_step.py \
+        --device "$device" --out "$out" --repeats "$([ "$device" = cuda ] && echo 20 || echo 1)"
+    [ "$device" = cuda ] &&
+        step mask_rcnn_step_amp "$python" tools/benchmarks/mask_rcnn_step.py \
+            --device "$device" --out "$out" --amp
+else
+    echo "== mask_rcnn_step left out: no mmdet, or no mmcv ops, for $device"
+fi
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]} (see the logs in $out)"
+    exit 1
+fi
