@@ -15,10 +15,10 @@ NEXT = """\
 Next, on COCO (in data/coco), one image at a time on one GPU:
   python tools/train.py \
 configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_1xb1-1x_coco.py
-On 8 GPUs:
+On 8 GPUs, still 16 images an update:
   bash tools/dist_train.sh \
 configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_1xb1-1x_coco.py 8 \
---auto-scale-lr
+--cfg-options optim_wrapper.accumulative_counts=2
 Your own config: see README.md, three lines make it micro-batch ready."""
 
 

@@ -46,7 +46,7 @@ def parse_args():
     parser.add_argument(
         '--colours',
         type=int,
-        default=128,
+        default=96,
         help='of the palette: fewer make a smaller file',
     )
     args = parser.parse_args()
@@ -81,7 +81,7 @@ def draw(axes, picture, coco, instances, scale: int) -> None:
         name = coco.cats[instance['category_id']]['name']
         if 'score' in instance:
             name += f' {100 * instance["score"]:.0f}'
-        names.append((x, max(y, 10), name))
+        names.append((x, max(y, 0.08 * size[1]), name))
     axes.imshow(canvas.clip(0, 1))
     for x, y, name in names:
         axes.text(
