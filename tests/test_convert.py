@@ -231,6 +231,20 @@ def test_normalization_of_vectors_stays():
         assert '(N, C)' in reasons(report)['5']
 
 
+def test_synchronized_normalization_of_vectors_stays():
+    """Its type does not tell how many dimensions it is for."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.SyncBatchNorm(8),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+        nn.SyncBatchNorm(4),
+    )
+    report = convert_to_micro_batch(net, dry_run=True)
+    assert changed(report) == ['0', '1']
+    assert '(N, C)' in reasons(report)['4']
+
+
 def test_feeding_a_normalization_that_stays():
     class Odd(nn.BatchNorm2d):
         def forward(self, x):

@@ -31,6 +31,8 @@ OTHER_BATCH_NORMS = (
     ('mmcv.ops.sync_bn', 'SyncBatchNorm'),
 )
 
+VECTORS = 'its input (N, C) has no positions to normalize over in a sample'
+
 PLAIN_FORWARDS = (
     nn.Conv1d.forward,
     nn.Conv2d.forward,
@@ -309,6 +311,12 @@ class _Conversion:
         # normalizations only, or why it is not.
         self.sources: Dict[nn.Module, list] = {n: [] for n in self.norms}
         self.shapes: Dict[nn.Module, torch.Size] = {}
+        self.after_linear = set()  # as they are registered
+        for parent in self.names:
+            children = list(parent.children())
+            for layer, norm in zip(children, children[1:]):
+                if isinstance(layer, nn.Linear):
+                    self.after_linear.add(norm)
         self.evidence: Dict[nn.Module, str] = {}
         self.doubts: Dict[nn.Module, str] = {}
 
@@ -439,12 +447,12 @@ class _Conversion:
         if hasattr(norm, 'parametrizations'):
             return 'its parameters are parametrized'
         if norm in self.shapes:
-            if len(self.shapes[norm]) < 3:
-                return (
-                    'its input (N, C) has no positions to normalize over in '
-                    'a sample'
-                )
-        elif isinstance(norm, nn.BatchNorm1d) and not self.sources[norm]:
+            return VECTORS if len(self.shapes[norm]) < 3 else ''
+        elif self.sources[norm]:
+            return ''
+        elif norm in self.after_linear:
+            return VECTORS
+        elif isinstance(norm, nn.BatchNorm1d):
             return (
                 'its input may be (N, C), with no positions; example_inputs '
                 'would tell'

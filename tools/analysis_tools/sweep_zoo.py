@@ -205,9 +205,16 @@ def train_one_step(model, batch: dict) -> dict:
     """One step of SGD; what it did, and what took the convolutions' output."""
     import torch
 
+    from wsbcn_mm import BCN
     from wsbcn_mm.consumers import record_consumers
 
     model.train()
+    frozen = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, BCN)
+        and not (m.training and m.batch_statistics.training)
+    ]
     if hasattr(model, 'set_epoch'):  # as mmdet's SetEpochInfoHook does
         model.set_epoch(0)
     optimizer = torch.optim.SGD(
@@ -232,6 +239,7 @@ def train_one_step(model, batch: dict) -> dict:
     ]
     return dict(
         loss=float(loss),
+        frozen=frozen,
         not_finite=not_finite + gradients + moved,
         consumers=consumers,
     )
@@ -248,17 +256,11 @@ def normalizations(model) -> dict:
     from wsbcn_mm.layers.batch_statistics import BatchStatistics
 
     named = dict(model.named_modules())
-    norms = {k: m for k, m in named.items() if isinstance(m, NormBase)}
     return dict(
-        ours=len(norms),
+        ours=sum(isinstance(m, NormBase) for m in named.values()),
         standardized=sum(
             isinstance(m, (ConvWS, ConvWS1d, ConvWS3d)) for m in named.values()
         ),
-        frozen=[
-            name
-            for name, norm in norms.items()
-            if not norm.training or not norm.weight.requires_grad
-        ],
         layer_norms=sum(
             'LayerNorm' in type(m).__name__ for m in named.values()
         ),
@@ -326,7 +328,7 @@ def try_config(config: str, size: int) -> dict:
     import torch
     from mmengine.model import revert_sync_batchnorm
 
-    from wsbcn_mm import micro_batch_model
+    from wsbcn_mm import convert_to_micro_batch, micro_batch_model
 
     torch.manual_seed(0)
     package = config.split('::')[0]
@@ -347,19 +349,19 @@ def try_config(config: str, size: int) -> dict:
     try:
         try:
             model = build(package, micro_batch_model(original))
-        except ValueError as error:  # it says so where there is nothing to do
-            if before.get('batch_norms', True):
+        except ValueError as error:
+            if 'no normalization to replace' not in str(error):
                 raise
             result['refused'] = summary(error)
         result.update(normalizations(model))
-        # What is left of SyncBN runs in one process too.
-        step = train_one_step(
-            revert_sync_batchnorm(model), copy.deepcopy(batch)
-        )
+        if result['batch_norms']:  # a class has them, whatever its config
+            convert_to_micro_batch(model)
+            result['converted'] = normalizations(model)
+        step = train_one_step(model, copy.deepcopy(batch))
         result['misplaced'] = misplaced(model, step['consumers'])
         result['not_standardized'] = not_standardized(model, step['consumers'])
-        result['loss'] = step['loss']
-        result['not_finite'] = step['not_finite']
+        for key in ('loss', 'not_finite', 'frozen'):
+            result[key] = step[key]
     except Exception as error:
         traceback.print_exc()
         result['error'] = summary(error)
@@ -384,8 +386,10 @@ def judge(result: dict) -> str:
         return 'WS misplaced'
     if result.get('batch_norms_before') == 0:
         return 'no BN'
-    if result['batch_norms'] or result['frozen']:
+    if result.get('converted', result)['batch_norms'] or result['frozen']:
         return 'partly'
+    if 'converted' in result:
+        return 'converted'
     return 'works'
 
 
@@ -462,17 +466,20 @@ def note(result: dict) -> str:
         return ', '.join(f'`{n}`' for n in names[:3]) + more
 
     if 'refused' in result:
-        notes.append('`micro_batch_model` refuses: nothing to replace')
+        notes.append('`micro_batch_model` refuses: no config reaches any')
     if result['not_finite']:
         notes.append(f'not finite: {some(result["not_finite"])}')
     if result['misplaced']:
         places = [f'{k} ({v})' for k, v in result['misplaced'].items()]
         notes.append(f'WS before {some(places)}')
-    if result['batch_norms']:
-        count = len(result['batch_norms'])
-        notes.append(f'{count} BN left: {some(result["batch_norms"])}')
+    left = result['batch_norms']
+    if left:
+        notes.append(f'{len(left)} BN of a class of its own: {some(left)}')
+    left = result.get('converted', result)['batch_norms']
+    if left:
+        notes.append(f'{len(left)} stay for good: {some(left)}')
     if result['frozen']:
-        notes.append(f'not trained: {some(result["frozen"])}')
+        notes.append(f'estimates frozen: {some(result["frozen"])}')
     if result['not_standardized']:
         names = result['not_standardized']
         notes.append(f'{len(names)} plain before BCN: {some(names)}')
@@ -509,6 +516,8 @@ Weight Standardization.
 
 MEANINGS = {
     'works': 'no BN left, everything finite, WS only before a normalization',
+    'converted': 'the same, but a class has BN that no config reaches: after '
+    '`convert_to_micro_batch(model)` on the built model',
     'no BN': 'had none: LayerNorm and GN stay as they are',
     'partly': 'trains, but something is left: the note says what',
     'WS misplaced': 'a standardized output that nothing normalizes',
@@ -539,9 +548,14 @@ def table(configs: list, results: dict) -> str:
                 '| config | result | BN | after | WS | notes |',
                 '| --- | --- | ---: | ---: | ---: | --- |',
             ]
+        after = result.get('converted', result)
         numbers = ' | '.join(
-            str(result.get(k, ''))
-            for k in ('batch_norms_before', 'ours', 'standardized')
+            str(numbers)
+            for numbers in (
+                result.get('batch_norms_before', ''),
+                after.get('ours', ''),
+                after.get('standardized', ''),
+            )
         )
         name = item['config'].split('::')[1]
         lines.append(
@@ -563,7 +577,7 @@ def main(argv=None) -> int:
     if args.results.exists():
         results = json.loads(args.results.read_text())
     if args.retry:
-        good = ('works', 'no BN')
+        good = ('works', 'converted', 'no BN')
         chosen = {item['config'] for item in configs}
         results = {
             k: v
