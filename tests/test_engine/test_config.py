@@ -149,6 +149,13 @@ def test_input_is_untouched():
     assert result.neck.norm_cfg.num_groups == 16
 
 
+def test_delete_keys_of_the_input_are_gone():
+    """The result is not merged, so nothing would take them away."""
+    model = classifier(depth=50)
+    model['backbone']['_delete_'] = True
+    assert '_delete_' not in micro_batch_model(model).backbone.to_dict()
+
+
 # What is replaced
 
 
@@ -472,10 +479,17 @@ def test_bad_norm_and_conv():
         micro_batch_model(model, norm_cfg=dict(num_groups=32))
     with pytest.raises(ValueError, match="conv_cfg must name.*'ConvWs'"):
         micro_batch_model(model, conv_cfg=dict(type='ConvWs'))
+    with pytest.raises(ValueError, match="conv_cfg must name.*'ReLU'"):
+        micro_batch_model(model, conv_cfg=dict(type='ReLU'))
     with pytest.raises(ValueError, match='images_per_gpu'):
         micro_batch_model(model, images_per_gpu=32)
     with pytest.raises(TypeError, match='pretrained must be'):
         micro_batch_model(model, pretrained=1.0)
+
+
+def test_checkpoint_for_no_backbone():
+    with pytest.raises(ValueError, match="'some.pth'.*'ResNet' has none"):
+        micro_batch_model(dict(type='ResNet', depth=50), pretrained='some.pth')
 
 
 def test_unregistered_class_is_told():

@@ -43,6 +43,7 @@ NORMALIZED_HEADS = {'mmdet.FasterRCNN', 'mmdet.MaskRCNN'}
 # which must keep their scale, or that have a single weight.
 PLAIN_CONVOLUTIONS = {
     'mmpretrain.MobileOne',  # depthwise 1x1 branches
+    'mmseg.CGNet',  # what its global gate sees
     'mmseg.DNLHead',  # queries, keys and values
     'mmseg.EMAHead',  # the input of the expectation maximization
     'mmseg.NLHead',  # queries, keys and values
@@ -66,6 +67,7 @@ FIXED_NORMALIZATIONS = {
     'mmdet.DyHead',
     'mmdet.GridHead',
     'mmdet.HourglassNet',
+    'mmdet.NASFCOS_FPN',
     'mmpretrain.HRFuseScales',
     'mmpretrain.HRNet',
     'mmpretrain.MobileViT',
@@ -184,7 +186,7 @@ def micro_batch_model(
         conv_cfg = dict(type='ConvWS')
     _check_config('conv_cfg', conv_cfg, "dict(type='ConvWS')")
     conv_class = _registered(conv_cfg['type'])
-    if not (inspect.isclass(conv_class) and issubclass(conv_class, nn.Module)):
+    if conv_class is None or 'conv' not in conv_class.__name__.lower():
         raise ValueError(
             'micro_batch_model: conv_cfg must name a convolution, such as '
             f"'ConvWS' or 'Conv2d'; got type={conv_cfg['type']!r}"
@@ -208,6 +210,11 @@ def micro_batch_model(
             'default. Expected the whole model config, such as cfg.model. '
             'For a network that is not built from a config, use '
             'wsbcn_mm.convert_to_micro_batch(module)'
+        )
+    if isinstance(pretrained, str) and not conversion.has_backbone:
+        raise ValueError(
+            f'micro_batch_model: pretrained={pretrained!r} is for the '
+            f'backbone, but type={model_cfg["type"]!r} has none'
         )
     conversion.keep_function_of_checkpoint()
     return Replacement(
@@ -494,9 +501,12 @@ def _with_rate(
 
 
 def _plain(cfg: Any) -> Any:
-    """A copy in which every dict, of whatever class, is a dict."""
+    """A copy in which every dict, of whatever class, is a dict.
+
+    Nothing is left to be merged, so ``_delete_`` has no meaning any more.
+    """
     if isinstance(cfg, dict):
-        return {key: _plain(value) for key, value in cfg.items()}
+        return {k: _plain(v) for k, v in cfg.items() if k != '_delete_'}
     if isinstance(cfg, (list, tuple)):
         return type(cfg)(_plain(value) for value in cfg)
     return copy.deepcopy(cfg)
