@@ -6,7 +6,16 @@ from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from wsbcn_mm import BCN, ConvWS, fold_for_inference
+from wsbcn_mm import (
+    BCN,
+    BGN,
+    MABN,
+    CenConv,
+    ConvCWN,
+    ConvWN,
+    ConvWS,
+    fold_for_inference,
+)
 from wsbcn_mm.deploy import is_ours
 
 
@@ -80,6 +89,25 @@ def test_bn_after_ws_folds_completely():
     net = nn.Sequential(ConvWS(3, 8, 3, bias=False), nn.BatchNorm2d(8))
     folded, _ = check(randomize(net), torch.randn(2, 3, 9, 9))
     assert [type(m) for m in folded] == [nn.Conv2d, nn.Identity]
+
+
+@pytest.mark.parametrize('norm', [MABN(8, 1, 4), BGN(8, 2)])
+def test_mabn_and_bgn_fold_completely(norm):
+    net = nn.Sequential(CenConv(3, 8, 3, bias=False), norm)
+    folded, _ = check(randomize(net), torch.randn(2, 3, 9, 9))
+    assert [type(m) for m in folded] == [nn.Conv2d, nn.Identity]
+
+
+@pytest.mark.parametrize('conv', [CenConv, ConvWN, ConvCWN])
+def test_other_functions_of_weights(conv):
+    net = nn.Sequential(conv(3, 8, 3, padding=1, groups=1), BCN(8, 4))
+    folded, _ = check(randomize(net), torch.randn(2, 3, 9, 9))
+    assert type(folded[0]) is nn.Conv2d
+
+
+def test_bgn_that_splits_channels_is_refused():
+    with pytest.raises(ValueError, match='split'):
+        fold_for_inference(nn.Sequential(nn.Conv2d(3, 8, 1), BGN(8, 3)))
 
 
 def test_gn_after_ws_keeps_its_gn():
@@ -340,6 +368,23 @@ def test_full_mask_rcnn():
             )
     for a, b in zip(*outputs):
         assert relative(a, b) < 1e-5
+
+
+@pytest.mark.slow
+def test_backbone_to_onnx(tmp_path):
+    models = pytest.importorskip('mmdet.models')
+    backbone = models.ResNet(
+        18, norm_cfg=dict(type='BCN'), conv_cfg=dict(type='ConvWS')
+    )
+    backbone.train(False)
+    folded = fold_for_inference(randomize(backbone))
+    x = torch.randn(1, 3, 64, 64)
+    export_onnx(folded, x, tmp_path / 'backbone.onnx')
+    with torch.no_grad():
+        traced = torch.jit.trace(folded, x)(x)
+        program = torch.export.export(folded, (x,)).module()(x)
+        for wanted, *others in zip(folded(x), traced, program):
+            assert all(relative(o, wanted) < 1e-5 for o in others)
 
 
 @pytest.mark.slow

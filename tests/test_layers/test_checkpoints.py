@@ -356,3 +356,25 @@ def test_a_big_model_loads_about_as_fast_as_a_plain_one():
     source = models.ResNet(101, norm_cfg=dict(type='BN'))
     plain = seconds(dict(type='BN'))
     assert seconds(dict(type='BCN')) < 4 * plain + 0.2
+
+
+def test_swa_update_is_told_what_to_do():
+    """It would pass over our estimates in silence."""
+    from torch.optim.swa_utils import AveragedModel, update_bn
+
+    net = nn.Sequential(BCN(3, 1))
+    averaged = AveragedModel(net, use_buffers=True)
+    net(torch.rand(1, 3, 4, 4) + 5)
+    averaged.update_parameters(net)
+    assert averaged.module[0].running_mean.gt(0).all()
+    loader = [torch.rand(1, 3, 4, 4) + i for i in range(4)]
+    with pytest.raises(RuntimeError, match='momentum=None'):
+        update_bn(loader, averaged)
+    norm = averaged.module[0]
+    norm.reset_running_stats()
+    norm.momentum = None
+    with torch.no_grad():
+        for x in loader:
+            averaged.train()(x)
+    wanted = torch.cat(loader).mean((0, 2, 3))
+    assert torch.allclose(norm.running_mean, wanted)

@@ -41,6 +41,18 @@ class BatchStatistics(_BatchNorm):
             mine = BatchStatistics()
         return mine.train(module.training)
 
+    def reset_parameters(self) -> None:
+        """There are none."""
+
+    def reset_running_stats(self) -> None:
+        raise RuntimeError(
+            'the running statistics of Batch Normalization are being reset '
+            '(swa_utils.update_bn does so), but those of a layer of wsbcn_mm '
+            'are its own. Instead, for each BCN, BGN or MABN of the averaged '
+            'model call reset_running_stats(), set momentum=None (BCN and '
+            'BGN), and run training forwards over the data under no_grad().'
+        )
+
     def _check_input_dim(self, input):
         raise RuntimeError('BatchStatistics normalizes nothing.')
 
