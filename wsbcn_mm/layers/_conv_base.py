@@ -6,8 +6,20 @@ from typing import Any, Callable, Dict, Tuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..functional import SharedWeight, is_transformed
+
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimizers do not count a parameter's version up.
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class ConvBase:
@@ -16,12 +28,13 @@ class ConvBase:
     The function is computed once where it can be: in training for the calls
     of one step, as those of a head that several levels share, and in
     evaluation until a parameter changes. A change is seen by autograd's
-    version counter and the memory's address, which tell of optimizer steps,
+    version counter and the memory's address, which tell of
     ``load_state_dict``, ``.to()`` and every in-place edit but one through
-    ``parameter.data``. For those a backward pass, ``train()`` and ``eval()``
-    start afresh: optimizers may hide their steps, and MMEngine, which swaps
-    parameters for their moving average so, calls one of them after. Whoever
-    edits ``parameter.data`` between two calls in evaluation must do so too.
+    ``parameter.data``; steps of optimizers are counted. For what is hidden, a
+    backward pass, ``train()`` and ``eval()`` start afresh: MMEngine, which
+    swaps parameters for their moving average by ``.data``, calls one of them
+    after. Whoever edits ``parameter.data`` between two calls in evaluation
+    must do so too.
 
     Attributes:
         min_fan_in (int): How many weights the smallest filter has that the
@@ -65,6 +78,7 @@ class ConvBase:
         key = (
             dtype,
             settings,
+            _optimizer_steps,
             [
                 (
                     t.data_ptr(),
