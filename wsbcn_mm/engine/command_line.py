@@ -80,16 +80,13 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         # MMEngine would ask each process for a GPU, whatever the backend.
         torch.distributed.init_process_group('gloo')
-        cfg.model_wrapper_cfg = dict(
-            dict(
-                type='MMDistributedDataParallel',
-                broadcast_buffers=False,
-                find_unused_parameters=cfg.get(
-                    'find_unused_parameters', False
-                ),
-            ),
-            **{**cfg.get('model_wrapper_cfg', {}), 'device_ids': None},
+        wrapper = dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
         )
+        wrapper.update(cfg.get('model_wrapper_cfg') or {}, device_ids=None)
+        cfg.model_wrapper_cfg = wrapper
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
