@@ -225,6 +225,7 @@ def test_every_full_size_model_builds(read):
 @pytest.mark.slow
 def test_full_resolution():
     cfg = load('mask-rcnn_r50_fpn_bcn-ws-all_1xb1-1x_coco')
+    cfg.model.train_cfg.rcnn.sampler.num = 64
     assert_trains(*training_step(cfg.model, 'mmdet', (800, 1216)))
 
 
