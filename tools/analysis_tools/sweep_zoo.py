@@ -418,7 +418,8 @@ def sweep(configs: list, results: dict, path: Path, timeout: float) -> None:
     """Run what has no result yet, one process after the other."""
     context = multiprocessing.get_context('forkserver')
     # Imported once: each config's process is a copy of one that has them.
-    context.set_forkserver_preload([f'{p}.models' for p in PACKAGES])
+    packages = sorted({item['config'].split('::')[0] for item in configs})
+    context.set_forkserver_preload([f'{p}.models' for p in packages])
     logs = path.with_suffix('.logs')
     logs.mkdir(parents=True, exist_ok=True)
     answer = logs / 'answer.json'
