@@ -6,7 +6,7 @@
 #   bash tools/quickstart.sh
 #
 # Run it again after an interruption: it goes on where it was. SEED, WORK_DIR
-# and DATA may be set.
+# and DATA may be set; arguments are settings of the config, as key=value.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
@@ -22,7 +22,8 @@ options=(randomness.seed="$seed" train_dataloader.dataset.data_root="$data/"
     val_dataloader.dataset.data_root="$data/"
     test_dataloader.dataset.data_root="$data/"
     val_evaluator.ann_file="$data/annotations/instances_val.json"
-    test_evaluator.ann_file="$data/annotations/instances_val.json")
+    test_evaluator.ann_file="$data/annotations/instances_val.json"
+    "$@")
 
 if [ -f "$work_dir/metrics.json" ]; then
     echo "$work_dir is complete; remove it to run again."
