@@ -507,3 +507,26 @@ def test_normalizations_out_of_reach_are_told():
     model['neck'] = dict(type='NonLinearNeck')
     with pytest.warns(UserWarning, match='NonLinearNeck normalizes vectors'):
         assert 'norm_cfg' not in micro_batch_model(model).neck
+
+
+def test_gate_of_cgnet_sees_a_scale():
+    """Found by the sweep of the zoos: nothing normalizes its bottlenecks."""
+    path = 'mmseg::cgnet/cgnet_fcn_4xb4-60k_cityscapes-680x680.py'
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        backbone = MODELS.build(converted(path).backbone)
+    with torch.no_grad(), record_consumers(backbone) as consumers:
+        backbone(torch.randn(1, 3, 64, 64))
+    kinds = [type(m) for m in backbone.modules()]
+    assert BCN in kinds and nn.BatchNorm2d not in kinds
+    assert all(
+        consumers.only_normalizations(m)
+        for m in backbone.modules()
+        if isinstance(m, ConvWS)
+    )
+
+
+def test_fixed_normalizations_of_a_neck_are_told():
+    """Found by the sweep of the zoos: its cells have BN, whatever we say."""
+    path = 'nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py'
+    with pytest.warns(UserWarning, match='NASFCOS_FPN builds'):
+        micro_batch_model(zoo(f'mmdet::nas_fcos/{path}'))
