@@ -1,6 +1,9 @@
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether something follows the operations, besides autograd.
@@ -10,12 +13,9 @@ def is_transformed(*tensors: Tensor) -> bool:
     itself: our own kernels and backward passes are closed to it, and a cache
     would leak its stand-in tensors.
     """
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or any(
-            type(t) not in (Tensor, torch.nn.Parameter)
-            or torch._C._functorch.is_functorch_wrapped_tensor(t)
-            for t in tensors
-        )
-    )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or _is_wrapped(tensor):
+            return True
+    return False
