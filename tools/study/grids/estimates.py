@@ -1,11 +1,13 @@
 # How BCN's estimates begin: at mean 0 and variance 1 with the rate r (plain),
 # as an average of what was seen until that is slower than r (corrected), or
-# as an average throughout (average); r by the package's rule or ten times
-# slower.
+# as an average throughout (average); r by the package's rule, ten times
+# slower, or 0, which is a Group Normalization with an affine of the channels
+# before it: what the estimates are good for at all.
 task = 'classification'
 common = dict(steps=300, batch_size=32, num_groups=8, variation=0.5, lr=0.1)
 method = ['BCN+WS', 'BCN']
 blocks = [
+    dict(variant='never', update_rate=0.0, method=method, images=1),
     dict(variant='plain', method=method, images=[1, 32]),
     dict(
         variant='corrected', start='corrected', method=method, images=[1, 32]
