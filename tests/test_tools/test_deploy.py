@@ -167,6 +167,21 @@ def test_other_normalizations(tmp_path, norm, args, conv):
     assert not {'BCN', 'MABN', 'ConvWS'} & set(cfg.pretty_text.split("'"))
 
 
+def test_a_bias_finds_a_place(tmp_path):
+    """Stock ResNets have none, and the BatchNorm's mean can take it."""
+    pytest.importorskip('mmdet')
+    text = MASK_RCNN.format(norm='BCN', args=', num_groups=4')
+    model, config, _ = trained(tmp_path, text)
+    conv = model.backbone.layer1[0].conv1
+    del conv._parameters['bias']
+    conv.bias = torch.nn.Parameter(torch.rand(conv.out_channels))
+    _, stock = stock_model(read_config(str(config)), model)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for a, b in zip(stock.extract_feat(x), model.extract_feat(x)):
+            assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
 def test_groups_that_differ_are_refused(tmp_path):
     pytest.importorskip('mmdet')
     # 32 is taken for 24 and for 16 where there are fewer channels.

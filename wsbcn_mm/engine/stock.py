@@ -146,13 +146,18 @@ def stock_state_dict(model: nn.Module, stock: nn.Module) -> Dict[str, Tensor]:
                 if hasattr(module, 'standardized_weight')
                 else module.weight
             )
-            prefix = target
+            prefix, bias = target, module.bias
             if name in affines:
-                _add(state, f'{target}.bn', affines[name])
                 prefix = f'{target}.conv'
+                if stock.get_submodule(prefix).bias is None and (
+                    bias is not None
+                ):
+                    affines[name].running_mean -= bias
+                    bias = None
+                _add(state, f'{target}.bn', affines[name])
             state[f'{prefix}.weight'] = weight.detach().clone()
-            if module.bias is not None:
-                state[f'{prefix}.bias'] = module.bias.detach().clone()
+            if bias is not None:
+                state[f'{prefix}.bias'] = bias.detach().clone()
         elif not _is_inside(model, name):
             for key, value in [
                 *module._parameters.items(),
