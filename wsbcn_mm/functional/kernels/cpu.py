@@ -84,7 +84,8 @@ def input_grad(
     grad = grad.contiguous(memory_format=memory_format(x))
     if x.is_contiguous() and x.dtype == center.dtype:
         rows = _rows(x)
-        mean, factor = (_rows(t[..., None]) for t in (center, scale))
+        # An expanded scale is not contiguous, which _rows would follow.
+        mean, factor = (t.reshape(-1, 1, 1) for t in (center, scale))
         # The first positions tell how wide the spread is.
         spread = (rows[:, :16] - mean).abs().amax(1, keepdim=True)
         if bool((mean.abs() <= _FAR * spread).all()):
