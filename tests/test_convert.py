@@ -160,8 +160,38 @@ def test_only_where_a_normalization_follows():
     net = Block()
     report = convert_to_micro_batch(net, dry_run=True)
     assert changed(report) == ['bn1', 'conv1', 'bn2']
-    assert reasons(report) == {'conv2': 'no batch normalization follows'}
+    assert reasons(report) == {
+        'conv2': 'no batch normalization is seen to follow'
+    }
     assert type(net.conv1) is nn.Conv2d  # a dry run
+
+
+def test_namesakes_where_convolutions_are_made_first():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = nn.Conv2d(8, 8, 1)
+            self.conv2 = nn.Conv2d(8, 8, 1)
+            self.bn1 = nn.BatchNorm2d(8)
+            self.bn2 = nn.BatchNorm2d(8)
+            self.bn3 = nn.BatchNorm2d(8)  # before its convolution
+            self.conv3 = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            x = self.bn1(self.conv1(x))
+            return self.conv3(self.bn3(self.bn2(self.conv2(x))))
+
+    class Undecided(Net):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    # Both times the same, in the one case it is known.
+    for net, how in ((Net(), 'traced'), (Undecided(), 'judged by names')):
+        report = convert_to_micro_batch(net, dry_run=True)
+        found = {e.name: e.reason for e in report.changed}
+        assert found['conv1'] == found['conv2'] == how
+        assert found['bn1'] == 'after conv1' and found['bn3'] == ''
+        assert list(reasons(report)) == ['conv3']
 
 
 def test_run_sees_what_names_hide():
@@ -506,7 +536,7 @@ def test_report_is_a_table():
         '0 Conv2d(3, 64, 3x3) -> ConvWS(3, 64, 3x3) traced'.split()
     )
     assert lines[3] == 'left as they are (1):'
-    assert lines[4].endswith('no batch normalization follows')
+    assert lines[4].endswith('no batch normalization is seen to follow')
 
 
 def test_converted_twice():

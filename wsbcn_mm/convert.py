@@ -1,5 +1,6 @@
 """Make a live network train with one or two images per GPU."""
 
+import re
 import sys
 import warnings
 from collections import OrderedDict
@@ -334,9 +335,13 @@ class _Conversion:
         found = find_feeding_convolutions(self.module, self.norm_types)
         for name, feeding in found.items():
             norm = layers.get(name)
-            if norm in seen or feeding.convolution is None:
+            if norm in seen:
                 continue
-            conv = layers[feeding.convolution]
+            conv = layers.get(feeding.convolution)
+            if conv is None and not feeding.traced:
+                conv = self._namesake(name)
+            if conv is None:
+                continue
             if norm in self.sources:
                 self.sources[norm].append(conv)
             if feeding.traced and not feeding.exclusive:
@@ -344,6 +349,24 @@ class _Conversion:
             elif conv not in self.doubts:
                 how = 'traced' if feeding.traced else 'judged by names'
                 self.evidence.setdefault(conv, how)
+
+    def _namesake(self, name: str) -> Optional[nn.Module]:
+        """``conv1`` for ``bn1``, where all convolutions are made first."""
+        parent_name, _, own_name = name.rpartition('.')
+        children = dict(
+            self.module.get_submodule(parent_name).named_children()
+        )
+        abbr = re.match(r'(batch_?norm|bn|norm)(?![a-z])', own_name)
+        conv = abbr and children.get('conv' + own_name[abbr.end() :])
+        names = list(children.values())
+        norm = children[own_name]
+        if (
+            isinstance(conv, _ConvNd)
+            and conv.out_channels == _num_features(norm)
+            and names.index(conv) < names.index(norm)
+        ):
+            return conv
+        return None
 
     def _run(self, example_inputs) -> set:
         modes = {m: m.training for m in self.module.modules()}
@@ -463,7 +486,9 @@ class _Conversion:
         if isinstance(conv, ConvBase):
             return 'standardizes already'
         if conv not in followed:
-            return self.doubts.get(conv, 'no batch normalization follows')
+            return self.doubts.get(
+                conv, 'no batch normalization is seen to follow'
+            )
         if conv in self.doubts:
             return self.doubts[conv]
         if conv in unsure:

@@ -19,6 +19,7 @@ class CIFARResNet(ResNet_CIFAR):
         **kwargs: Those of ``ResNet_CIFAR``.
 
     Example:
+        >>> import torch
         >>> net = CIFARResNet(20)
         >>> net(torch.randn(1, 3, 32, 32))[0].shape
         torch.Size([1, 64, 8, 8])
