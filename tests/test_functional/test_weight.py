@@ -320,3 +320,44 @@ def test_functional_call_and_transforms(conv, x):
             atol=1e-3,
         )
     check(conv, x)
+
+
+def _train(wrapper):
+    """Losses and outputs of a few steps, the same in every process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        ConvWS(3, 4, 3), nn.ReLU(), ConvWS(4, 4, 3, padding=1)
+    )
+    if wrapper == 'DDP':
+        model = nn.parallel.DistributedDataParallel(model)
+    elif wrapper == 'FSDP':
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh('cpu', (torch.distributed.get_world_size(),))
+        for module in (model[0], model[2], model):
+            fully_shard(module, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    x, numbers = torch.randn(2, 3, 8, 8), []
+    for _ in range(3):
+        model.train()
+        loss = (model(x) + model(x[..., 1:]).mean()).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            outputs = [model(x).square().mean().item() for _ in range(2)]
+        numbers += [loss.item(), *outputs]
+    return numbers
+
+
+@pytest.mark.parametrize('wrapper', ['DDP', 'FSDP'])
+def test_distributed_training_is_that_of_one_process(processes, wrapper):
+    if wrapper == 'FSDP':
+        fsdp = pytest.importorskip('torch.distributed.fsdp')
+        if not hasattr(fsdp, 'fully_shard'):
+            pytest.skip('needs torch >= 2.6')
+    expected = pytest.approx(_train(None), rel=1e-4)
+    for numbers in processes.run(_train, [wrapper, wrapper]):
+        assert numbers == expected
