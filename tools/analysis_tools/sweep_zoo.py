@@ -204,6 +204,7 @@ def demo_batch(package: str, cfg: dict, size: int) -> dict:
 def train_one_step(model, batch: dict) -> dict:
     """One step of SGD; what it did, and what took the convolutions' output."""
     import torch
+    from mmengine.logging import MessageHub
 
     from wsbcn_mm import BCN
     from wsbcn_mm.consumers import record_consumers
@@ -215,8 +216,7 @@ def train_one_step(model, batch: dict) -> dict:
         if isinstance(m, BCN)
         and not (m.training and m.batch_statistics.training)
     ]
-    if hasattr(model, 'set_epoch'):  # as mmdet's SetEpochInfoHook does
-        model.set_epoch(0)
+    MessageHub.get_current_instance().update_info('epoch', 0)  # TOOD asks
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=1e-4
     )
