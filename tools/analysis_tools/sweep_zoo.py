@@ -512,7 +512,12 @@ trains and is normalized as meant. It says nothing about accuracy.
 {counts}
 
 Columns: BN layers before, layers of this package after, convolutions with
-Weight Standardization.
+Weight Standardization. "Plain before BCN" is a convolution that could have it
+but whose class takes no `conv_cfg`, or has one of its own: BCN alone is there.
+
+```shell
+python tools/analysis_tools/sweep_zoo.py work_dirs/zoo.json --table {path}
+```
 """
 
 MEANINGS = {
@@ -538,7 +543,14 @@ def table(configs: list, results: dict) -> str:
         if name in status
     )
     date = datetime.datetime.now(datetime.timezone.utc).date()
-    lines = [HEADER.format(date=date, versions=versions(), counts=counts)]
+    lines = [
+        HEADER.format(
+            date=date,
+            versions=versions(),
+            counts=counts,
+            path='configs/ZOO.md',
+        )
+    ]
     family = None
     for item in done:
         result = results[item['config']]
