@@ -516,7 +516,7 @@ Weight Standardization. "Plain before BCN" is a convolution that could have it
 but whose class takes no `conv_cfg`, or has one of its own: BCN alone is there.
 
 ```shell
-python tools/analysis_tools/sweep_zoo.py work_dirs/zoo.json --table {path}
+python tools/analysis_tools/sweep_zoo.py work_dirs/zoo.json --table configs/ZOO.md
 ```
 """
 
@@ -543,14 +543,7 @@ def table(configs: list, results: dict) -> str:
         if name in status
     )
     date = datetime.datetime.now(datetime.timezone.utc).date()
-    lines = [
-        HEADER.format(
-            date=date,
-            versions=versions(),
-            counts=counts,
-            path='configs/ZOO.md',
-        )
-    ]
+    lines = [HEADER.format(date=date, versions=versions(), counts=counts)]
     family = None
     for item in done:
         result = results[item['config']]
