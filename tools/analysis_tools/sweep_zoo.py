@@ -516,7 +516,8 @@ Weight Standardization. "Plain before BCN" is a convolution that could have it
 but whose class takes no `conv_cfg`, or has one of its own: BCN alone is there.
 
 ```shell
-python tools/analysis_tools/sweep_zoo.py work_dirs/zoo.json --table configs/ZOO.md
+python tools/analysis_tools/sweep_zoo.py work_dirs/zoo.json \\
+    --table configs/ZOO.md
 ```
 """
 
