@@ -134,20 +134,21 @@ class Model(nn.Module):
 
 def compiled_like_eager(backend, training):
     torch._dynamo.reset()
-    eager, model = Model().train(training), Model().train(training)
+    # In float64, since a ReLU whose input rounds to another sign shows.
+    eager, model = (Model().double().train(training) for _ in range(2))
     model.load_state_dict(eager.state_dict())
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for _ in range(2):
-        x = torch.randn(2, 3, 8, 8)
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
         expected, loss = eager(x), compiled(x)
-        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss, expected)
         for each, module in ((expected, eager), (loss, model)):
             module.zero_grad()
             each.backward()
         for a, b in zip(model.parameters(), eager.parameters()):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(a.grad, b.grad)
     for a, b in zip(model.buffers(), eager.buffers()):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize('training', [False, True])
@@ -156,6 +157,5 @@ def test_compile_has_no_graph_break(training):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('training', [False, True])
-def test_compile_with_inductor(training):
-    compiled_like_eager('inductor', training)
+def test_compile_with_inductor():
+    compiled_like_eager('inductor', training=True)

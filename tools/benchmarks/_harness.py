@@ -19,6 +19,7 @@ from rich.progress import track
 import wsbcn_mm
 
 STATISTICS = {'median': statistics.median, 'minimum': min}
+CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 
 def parser(description: str, out: str) -> argparse.ArgumentParser:
@@ -40,6 +41,12 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
         default='median',
         choices=list(STATISTICS),
         help='of the timings; the minimum on a machine that others use',
+    )
+    result.add_argument(
+        '--clock',
+        default='wall',
+        choices=list(CLOCKS),
+        help='cpu, with one thread: does not count waiting for others',
     )
     result.add_argument(
         '--threads', type=int, default=0, help='CPU threads, 0: as it is'
@@ -65,6 +72,11 @@ def begin(args: argparse.Namespace) -> None:
         raise SystemExit(
             f'error: --repeats must be at least 1, got {args.repeats}'
         )
+    if args.clock == 'cpu' and (args.device, args.threads) != ('cpu', 1):
+        raise SystemExit(
+            'error: --clock cpu counts the time of all threads, and none of '
+            'a GPU: it needs --device cpu --threads 1'
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -76,33 +88,31 @@ def synchronize(device: str) -> None:
 
 
 def seconds(
-    functions: Dict[str, Callable],
-    device: str,
-    repeats: int,
-    statistic: str = 'median',
+    functions: Dict[str, Callable], args: argparse.Namespace
 ) -> Dict[str, float]:
     """How long each takes.
 
     They take turns, so that a busy or throttled machine is unfair to all.
     """
+    clock = CLOCKS[args.clock]
     times = {name: [] for name in functions}
-    for repeat in range(-2, repeats):  # two rounds to warm up
+    for repeat in range(-2, args.repeats):  # two rounds to warm up
         for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
+            synchronize(args.device)
+            start = clock()
             function()
-            synchronize(device)
+            synchronize(args.device)
             if repeat >= 0:
-                times[name].append(time.perf_counter() - start)
-    return {name: STATISTICS[statistic](t) for name, t in times.items()}
+                times[name].append(clock() - start)
+    return {name: STATISTICS[args.statistic](t) for name, t in times.items()}
 
 
-def copy_bandwidth(device: str, size: int) -> float:
+def copy_bandwidth(size: int, args: argparse.Namespace) -> float:
     """Bytes a second, read and written, of copies of ``size`` bytes."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    source = torch.ones(size, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(source)
-    functions = {'copy': lambda: target.copy_(source)}
-    return 2 * size / seconds(functions, device, 10, 'minimum')['copy']
+    times = seconds({'copy': lambda: target.copy_(source)}, args)
+    return 2 * size / times['copy']
 
 
 def saved_bytes(function: Callable) -> int:
@@ -223,7 +233,7 @@ def report(
     line = (
         f'{where.get("gpu", where["cpu"])}, {where["threads"]} threads, torch '
         f'{where["torch"]}, {where["date"]}, load {where["load_average"]}, '
-        f'{args.statistic} of {args.repeats}'
+        f'{args.statistic} of {args.repeats}, {args.clock} time'
     )
     (out / f'{name}.md').write_text(f'{table}\n\n{line}\n')
     print(f'{table}\n\n{line}\nwritten to {out}')

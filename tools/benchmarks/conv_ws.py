@@ -86,7 +86,7 @@ def measure(conv, number, dtype, calls, args):
             saved_mib=saved_bytes(forward) / 2**20,
             launches=launches(both, args.device),
         )
-    times = seconds(functions, args.device, args.repeats, args.statistic)
+    times = seconds(functions, args)
     for name in LAYERS:
         rows[name].update(
             conv=conv,

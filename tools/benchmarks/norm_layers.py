@@ -114,8 +114,8 @@ def measure(shape, dtype, layout, args):
             peak_mib=peak_bytes(both, args.device) / 2**20,
             launches=launches(both, args.device),
         )
-    times = seconds(functions, args.device, args.repeats, args.statistic)
-    floor = PASSES * size / copy_bandwidth(args.device, size)
+    times = seconds(functions, args)
+    floor = PASSES * size / copy_bandwidth(size, args)
     for name, time in times.items():
         rows[name].update(
             shape=shape,
