@@ -70,9 +70,7 @@ def main(argv=None):
         with torch.inference_mode():
             times = seconds(
                 {n: lambda m=m, x=x: m(x) for n, m in models.items()},
-                args.device,
-                args.repeats,
-                args.statistic,
+                args,
             )
         results += [
             dict(
