@@ -12,7 +12,7 @@ from .coefficients import (
 from .engine import moments, normalize
 from .mabn import moving_average_coefficients
 from .shared_weight import SharedWeight
-from .transforms import is_transformed
+from .transforms import is_transformed, snapshot
 from .weight import standardize_weight
 from .weight_normalization import centralize_weight, normalize_weight
 
@@ -30,6 +30,7 @@ __all__ = [
     'moving_average_coefficients',
     'normalize',
     'normalize_weight',
+    'snapshot',
     'standardize_weight',
     'updated_estimates',
 ]

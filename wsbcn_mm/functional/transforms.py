@@ -19,3 +19,18 @@ def is_transformed(*tensors: Tensor) -> bool:
         if type(tensor) not in _PLAIN or _is_wrapped(tensor):
             return True
     return False
+
+
+@torch.library.custom_op('wsbcn_mm::snapshot', mutates_args=())
+def snapshot(tensor: Tensor) -> Tensor:
+    """A copy that a compiler does not take again after an in-place edit.
+
+    Inductor may compute a value anew in the backward pass, from a buffer that
+    the forward pass has changed since; what is opaque to it, it keeps.
+    """
+    return tensor.clone()
+
+
+@snapshot.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)

@@ -5,7 +5,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from ..functional import updated_estimates
+from ..functional import snapshot, updated_estimates
 
 
 class RunningStatistics:
@@ -33,6 +33,11 @@ class RunningStatistics:
     def _estimates(self, dtype: torch.dtype) -> dict:
         # Copies: a layer that is shared between levels runs again, and
         # updates the buffers, before this call's backward needs them.
+        if self.training and torch.compiler.is_compiling():
+            return dict(
+                running_mean=snapshot(self.running_mean).to(dtype),
+                running_var=snapshot(self.running_var).to(dtype),
+            )
         return dict(
             running_mean=self.running_mean.to(dtype, copy=True),
             running_var=self.running_var.to(dtype, copy=True),
