@@ -9,6 +9,10 @@ seeds = [0, 1, 2]
 report = dict(
     metric='lipschitz',
     metric_name="the gradient's Lipschitz constant, estimated",
+    also=dict(
+        loss_range='range of the loss',
+        gradient_change='relative change of the gradient',
+    ),
     rows='method',
     columns='images',
     columns_name='images per normalization batch',
