@@ -192,11 +192,12 @@ def test_results_keep_what_a_number_depends_on(grid, fake_task, tmp_path):
     for run in found['runs']:
         assert run['seconds'] >= 0 and run['settings']['steps'] == 1
         assert ('result' in run) != ('error' in run)
-    # Byte for byte the same when collected again.
+    # Byte for byte the same when collected again, from the file alone too.
     again = str(tmp_path / 'again.json')
-    results.save(results.collect(grid, store), again)
-    with open(path) as a, open(again) as b:
-        assert a.read() == b.read()
+    for folder in (store.folder, str(tmp_path / 'none')):
+        results.save(results.collect(grid, Store(folder), found), again)
+        with open(path) as a, open(again) as b:
+            assert a.read() == b.read()
 
 
 def test_table_shows_intervals_and_failures(grid, fake_task, tmp_path):

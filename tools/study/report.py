@@ -2,9 +2,9 @@
 
     python tools/study/report.py tools/study/grids/classification.py
 
-The records of run.py are collected into resources/study/<grid>.json, from
-which all the rest is made; without records, that file is taken as it is. A
-grid that is not complete is reported as far as it goes, and says so.
+The records of run.py are added to resources/study/<grid>.json, from which
+all the rest is made. A grid that is not complete is reported as far as it
+goes, and says so.
 """
 
 import argparse
@@ -38,11 +38,15 @@ def report(path: str, work_dir: str, out: str) -> str:
     """Report one grid; returns its Markdown."""
     grid = Grid(path)
     file = osp.join(out, grid.name)
-    folder = osp.join(work_dir, grid.name)
-    if osp.isdir(folder) and os.listdir(folder):
-        os.makedirs(out, exist_ok=True)
-        results.save(results.collect(grid, Store(folder)), f'{file}.json')
-    found = results.load(f'{file}.json')
+    kept = results.load(f'{file}.json')
+    found = results.collect(grid, Store(work_dir), kept)
+    if not found['runs'] and not found['tuning']:
+        raise SystemExit(
+            f'error: nothing of {path} was run: no record in {work_dir!r}, '
+            f'no {file}.json.'
+        )
+    os.makedirs(out, exist_ok=True)
+    results.save(found, f'{file}.json')
     spec = grid.report
     rows = [spec['rows']] if isinstance(spec['rows'], str) else spec['rows']
     parts = [

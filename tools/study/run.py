@@ -7,7 +7,6 @@ The results become tables and plots with report.py.
 """
 
 import argparse
-import os.path as osp
 
 from study.cells import Grid, Store
 from study.runs import run_cells
@@ -22,7 +21,7 @@ def parse_args():
     parser.add_argument(
         '--work-dir',
         default='work_dirs/study',
-        help="the cells' records go into a folder of it with the grid's name "
+        help="where the cells' records go, which grids share "
         '(default: %(default)s)',
     )
     parser.add_argument(
@@ -47,7 +46,7 @@ def parse_args():
 def main():
     args = parse_args()
     grid = Grid(args.grid)
-    store = Store(osp.join(args.work_dir, grid.name))
+    store = Store(args.work_dir)
     tuning = grid.tuning_cells()
     if args.list:
         cells = len(grid.cells) * len(grid.seeds)

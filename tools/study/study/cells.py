@@ -141,13 +141,15 @@ def cell_name(settings: dict) -> str:
 class Store:
     """The records of cells, one JSON file each.
 
+    A cell is known by its settings, so grids that ask for the same one share
+    it.
+
     Args:
         folder (str): Where they are.
     """
 
     def __init__(self, folder: str):
         self.folder = folder
-        os.makedirs(folder, exist_ok=True)
 
     def path(self, settings: dict) -> str:
         return osp.join(self.folder, f'{cell_name(settings)}.json')
@@ -160,6 +162,7 @@ class Store:
             return json.load(f)
 
     def write(self, record: dict) -> None:
+        os.makedirs(self.folder, exist_ok=True)
         path = self.path(record['settings'])
         partial = f'{path}.{os.getpid()}.partial'
         with open(partial, 'w') as f:

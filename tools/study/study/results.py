@@ -5,12 +5,31 @@ import math
 import os.path as osp
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from .cells import Grid, Store
+from .cells import Grid, Store, cell_name
 
 
-def collect(grid: Grid, store: Store) -> dict:
-    """All records of a grid as one JSON, environments written once."""
+def collect(grid: Grid, store: Store, kept: Optional[dict] = None) -> dict:
+    """All records of a grid as one JSON, environments written once.
+
+    Args:
+        grid (Grid): The grid.
+        store (Store): Where records are.
+        kept (dict | None): What was collected before: it stands for cells
+            that have no record in the store. Default: None
+    """
     environments, runs = [], {}
+    before = {}
+    for run in kept['tuning'] + kept['runs'] if kept else ():
+        environment = kept['environments'][run['environment']]
+        before[cell_name(run['settings'])] = {
+            **run,
+            'environment': environment,
+        }
+
+    def records(cells: List[dict]) -> Dict[str, dict]:
+        found = {**before, **store.records(cells)}
+        names = [cell_name(cell) for cell in cells]
+        return {name: found[name] for name in names if name in found}
 
     def lean(record: dict) -> dict:
         if record['environment'] not in environments:
@@ -23,10 +42,10 @@ def collect(grid: Grid, store: Store) -> dict:
         kept['environment'] = environments.index(record['environment'])
         return kept
 
-    tuning = store.records(grid.tuning_cells())
+    tuning = records(grid.tuning_cells())
     cells = grid.final_cells(tuning)
     runs['tuning'] = [lean(r) for r in tuning.values()]
-    runs['runs'] = [lean(r) for r in store.records(cells).values()]
+    runs['runs'] = [lean(r) for r in records(cells).values()]
     return dict(
         grid=grid.name,
         seeds=grid.seeds,
@@ -49,11 +68,10 @@ def save(results: dict, path: str) -> None:
         f.write('{\n' + ',\n'.join(lines) + '\n}\n')
 
 
-def load(path: str) -> dict:
+def load(path: str) -> Optional[dict]:
+    """What :func:`save` wrote, if it did."""
     if not osp.isfile(path):
-        raise FileNotFoundError(
-            f'There are no results at {path!r}: run the grid first.'
-        )
+        return None
     with open(path) as f:
         return json.load(f)
 
