@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from .consumers import record_consumers
-from .engine.config import _norm_class, _with_rate
+from .engine.components import norm_class, with_rate
 from .feeding import NORMALIZATIONS, find_feeding_convolutions
 from .functional.kernels import statistics_dtype
 from .layers._base import NormBase, largest_divisor
@@ -240,12 +240,12 @@ def _check_type(argument: str, cfg, example: str) -> dict:
 def _norm_cfg(cfg, images_per_gpu: int, images_per_update: int) -> dict:
     cfg = dict(type='BCN', num_groups=32) if cfg is None else cfg
     cfg = _check_type('norm_cfg', cfg, "dict(type='BCN', num_groups=32)")
-    if _norm_class(cfg) is None:
+    if norm_class(cfg) is None:
         raise ValueError(
             'convert_to_micro_batch: norm_cfg must name a normalization of '
             f"feature maps, such as 'BCN' or 'GN'; got type={cfg['type']!r}"
         )
-    return _with_rate(cfg, images_per_gpu, images_per_update)
+    return with_rate(cfg, images_per_gpu, images_per_update)
 
 
 def _conv_cfg(cfg) -> dict:

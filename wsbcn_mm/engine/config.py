@@ -1,21 +1,25 @@
 """Any zoo config's model, made ready for one or two images per GPU."""
 
 import copy
-import functools
-import inspect
 import math
 import re
 import warnings
-from typing import Any, Dict, Optional, Set, Union
+from typing import Any, Optional, Union
 
 from mmengine.config import ConfigDict
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DefaultScope
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..layers import BCN
-from .update_rate import update_rate
+from .components import (
+    class_name,
+    constructor_parameters,
+    family,
+    norm_class,
+    plain_copy,
+    registered,
+    with_rate,
+)
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
@@ -177,7 +181,7 @@ def micro_batch_model(
     if norm_cfg is None:
         norm_cfg = dict(type='BCN', num_groups=32)
     _check_config('norm_cfg', norm_cfg, "dict(type='BCN', num_groups=32)")
-    if _norm_class(norm_cfg) is None:
+    if norm_class(norm_cfg) is None:
         raise ValueError(
             'micro_batch_model: norm_cfg must name a normalization of feature '
             f"maps, such as 'BCN' or 'GN'; got type={norm_cfg['type']!r}"
@@ -185,7 +189,7 @@ def micro_batch_model(
     if conv_cfg is None:
         conv_cfg = dict(type='ConvWS')
     _check_config('conv_cfg', conv_cfg, "dict(type='ConvWS')")
-    conv_class = _registered(conv_cfg['type'])
+    conv_class = registered(conv_cfg['type'])
     if conv_class is None or 'conv' not in conv_class.__name__.lower():
         raise ValueError(
             'micro_batch_model: conv_cfg must name a convolution, such as '
@@ -197,11 +201,11 @@ def micro_batch_model(
             f'name of a checkpoint; got {pretrained!r}'
         )
     conversion = _Conversion(
-        _with_rate(norm_cfg, images_per_gpu, images_per_update),
+        with_rate(norm_cfg, images_per_gpu, images_per_update),
         dict(conv_cfg),
         pretrained,
     )
-    result = conversion.convert(_plain(model_cfg), _scope(model_cfg))
+    result = conversion.convert(plain_copy(model_cfg), _scope(model_cfg))
     if not conversion.norms:
         raise ValueError(
             f'micro_batch_model: found no normalization to replace in '
@@ -267,10 +271,10 @@ class _Conversion:
         if _is_replaced(cfg):
             return self._norm()
         scope = cfg.get('_scope_') or scope
-        component = _registered(cfg.get('type'), scope)
-        if _family(component) & HANDED_DOWN:
+        component = registered(cfg.get('type'), scope)
+        if family(component) & HANDED_DOWN:
             return cfg
-        if _family(component) & NORMALIZED_HEADS:
+        if family(component) & NORMALIZED_HEADS:
             self._normalize_heads(cfg)
         if isinstance(cfg.get('backbone'), dict):
             self._start_backbone(cfg)
@@ -279,13 +283,13 @@ class _Conversion:
         for name, part in cfg.items():
             if name not in OTHER_PARTS and name not in norms:
                 cfg[name] = self._convert_part(component, name, part, scope)
-        if _family(component) & FIXED_NORMALIZATIONS:
+        if family(component) & FIXED_NORMALIZATIONS:
             _warn(
-                f'{_name(cfg["type"])} builds normalizations that no config '
-                'reaches. Convert them in the built model: '
+                f'{class_name(cfg["type"])} builds normalizations that no '
+                'config reaches. Convert them in the built model: '
                 'wsbcn_mm.convert_to_micro_batch(model)'
             )
-        parameters = _parameters(component)
+        parameters = constructor_parameters(component)
         norms.update(
             (name, default)
             for name, default in parameters.items()
@@ -298,14 +302,12 @@ class _Conversion:
 
     def keep_function_of_checkpoint(self) -> None:
         """A GN checkpoint has an affine for every channel: so must BCN."""
-        if self.from_group_norm and issubclass(
-            _norm_class(self.norm_cfg), BCN
-        ):
+        if self.from_group_norm and issubclass(norm_class(self.norm_cfg), BCN):
             for norm in self.norms:
                 norm.setdefault('channel_affine', 'channel')
 
     def _convert_part(self, component, name: str, part: Any, scope) -> Any:
-        for owner in _family(component):
+        for owner in family(component):
             implied = IMPLIED_TYPES.get((owner, name))
             if implied and isinstance(part, dict) and 'type' not in part:
                 part = self.convert(dict(part, type=implied), scope)
@@ -317,7 +319,7 @@ class _Conversion:
         """Give a detector the form that it has in the zoo's gn+ws folder."""
         necks = cfg.get('neck')
         for neck in necks if isinstance(necks, list) else [necks]:
-            if neck and _name(neck.get('type')) == 'FPN':
+            if neck and class_name(neck.get('type')) == 'FPN':
                 neck['norm_cfg'] = self.norm_cfg
         roi_head = cfg.get('roi_head') or {}
         for name, old, new in (
@@ -325,17 +327,17 @@ class _Conversion:
             ('mask_head', 'FCNMaskHead', 'FCNMaskHead'),
         ):
             head = roi_head.get(name)
-            if isinstance(head, dict) and _name(head.get('type')) == old:
+            if isinstance(head, dict) and class_name(head.get('type')) == old:
                 head.update(type=new, norm_cfg=self.norm_cfg)
                 head.setdefault('conv_out_channels', 256)
 
     @staticmethod
     def _sees_feature_maps(cfg: dict, component) -> bool:
-        if not _family(component) & VECTOR_NORMALIZATIONS:
+        if not family(component) & VECTOR_NORMALIZATIONS:
             return True
         _warn(
-            f'{_name(cfg["type"])} normalizes vectors rather than feature '
-            'maps and keeps its normalization'
+            f'{class_name(cfg["type"])} normalizes vectors rather than '
+            'feature maps and keeps its normalization'
         )
         return False
 
@@ -345,8 +347,8 @@ class _Conversion:
         """Replace the ``norms`` of a component, and what goes with them."""
         for name in norms:
             cfg[name] = self._norm()
-            if _norm_class(self.norm_cfg) is nn.GroupNorm:
-                for owner in _family(component) & NARROWEST.keys():
+            if norm_class(self.norm_cfg) is nn.GroupNorm:
+                for owner in family(component) & NARROWEST.keys():
                     width = NARROWEST[owner]
                     cfg[name]['num_groups'] = math.gcd(
                         cfg[name]['num_groups'],
@@ -354,8 +356,8 @@ class _Conversion:
                     )
         if component is None and 'type' in cfg:
             _warn(
-                f'{_name(cfg["type"])} is not registered, so that only the '
-                'normalizations that the config names are replaced and the '
+                f'{class_name(cfg["type"])} is not registered, so that only '
+                'the normalizations that the config names are replaced and the '
                 'convolutions stay. Import the module that registers it first'
             )
         if 'conv_cfg' in parameters:
@@ -380,11 +382,11 @@ class _Conversion:
         old = cfg.get('conv_cfg', parameters['conv_cfg'])
         kind = re.fullmatch(
             r'(?:Conv|ConvWS|ConvWN|ConvCWN|CenConv)(?:([123])d)?',
-            'Conv2d' if old is None else _name(old['type']),
+            'Conv2d' if old is None else class_name(old['type']),
         )
         if (
             not kind
-            or _family(component) & PLAIN_CONVOLUTIONS
+            or family(component) & PLAIN_CONVOLUTIONS
             or cfg.get('dcn')  # a backbone takes one of the two
             or cfg.get(
                 'no_norm_on_lateral', parameters.get('no_norm_on_lateral')
@@ -396,7 +398,7 @@ class _Conversion:
         new = copy.deepcopy(self.conv_cfg)
         if kind[1] in ('1', '3'):
             new['type'] = re.sub(r'2d$', '', new['type']) + f'{kind[1]}d'
-        return new if _registered(new['type']) else old
+        return new if registered(new['type']) else old
 
     def _start_backbone(self, cfg: dict) -> None:
         """Let the backbone of ``cfg`` start from the given checkpoint."""
@@ -413,7 +415,7 @@ class _Conversion:
         self, cfg: dict, scope: Optional[str], standardized: bool
     ) -> None:
         """Keep, replace or remove the checkpoints that ``cfg`` names."""
-        kind = _name(cfg.get('backbone', cfg).get('type'))
+        kind = class_name(cfg.get('backbone', cfg).get('type'))
         lost = False
         for holder, key in _checkpoints(cfg):
             old = holder[key]
@@ -432,8 +434,8 @@ class _Conversion:
         if not standardized or self.pretrained in (True, old):
             return old
         new = None
-        if _name(self.conv_cfg['type']) == 'ConvWS' and issubclass(
-            _norm_class(self.norm_cfg), (nn.GroupNorm, BCN)
+        if class_name(self.conv_cfg['type']) == 'ConvWS' and issubclass(
+            norm_class(self.norm_cfg), (nn.GroupNorm, BCN)
         ):
             new = GN_WS_CHECKPOINTS.get(old)
         _warn(
@@ -453,8 +455,8 @@ class _Conversion:
         if inits:
             cfg['init_cfg'] = inits
         backbone = cfg.get('backbone', cfg)
-        component = _registered(backbone.get('type'), scope)
-        if 'zero_init_residual' in _parameters(component):
+        component = registered(backbone.get('type'), scope)
+        if 'zero_init_residual' in constructor_parameters(component):
             backbone.setdefault('zero_init_residual', False)
 
 
@@ -485,33 +487,6 @@ def _check_config(name: str, cfg: dict, example: str) -> None:
         )
 
 
-def _with_rate(
-    norm_cfg: dict, images_per_gpu: int, images_per_update: int
-) -> dict:
-    """Complete ``norm_cfg`` by what follows from the numbers of images."""
-    rate = update_rate(images_per_gpu, images_per_update)
-    norm_cfg = _plain(norm_cfg)
-    kind = _norm_class(norm_cfg)
-    if issubclass(kind, BCN):
-        norm_cfg.setdefault('momentum', rate)
-    if 'simulated_batch_size' in _parameters(kind):
-        norm_cfg.setdefault('batch_size', images_per_gpu)
-        norm_cfg.setdefault('simulated_batch_size', images_per_update)
-    return norm_cfg
-
-
-def _plain(cfg: Any) -> Any:
-    """A copy in which every dict, of whatever class, is a dict.
-
-    Nothing is left to be merged, so ``_delete_`` has no meaning any more.
-    """
-    if isinstance(cfg, dict):
-        return {k: _plain(v) for k, v in cfg.items() if k != '_delete_'}
-    if isinstance(cfg, (list, tuple)):
-        return type(cfg)(_plain(value) for value in cfg)
-    return copy.deepcopy(cfg)
-
-
 def _scope(model_cfg: dict) -> Optional[str]:
     """The library whose registry knows the model's type."""
     current = DefaultScope.get_current_instance()
@@ -520,68 +495,8 @@ def _scope(model_cfg: dict) -> Optional[str]:
         current and current.scope_name,
         *LIBRARIES,
     ):
-        if scope and _registered(model_cfg['type'], scope):
+        if scope and registered(model_cfg['type'], scope):
             return scope
-    return None
-
-
-def _registered(kind: Any, scope: Optional[str] = None) -> Optional[type]:
-    """The class that a config's ``type`` means, or None."""
-    if isinstance(kind, str):
-        if scope and '.' not in kind:
-            kind = f'{scope}.{kind}'
-        try:
-            kind = MODELS.get(kind)
-        except RuntimeError:  # nothing of this name
-            return None
-    return kind if inspect.isclass(kind) else None
-
-
-def _name(kind: Any) -> str:
-    """``'ResNet'`` for 'ResNet', 'mmdet.ResNet' and the class itself."""
-    return getattr(kind, '__name__', str(kind).rpartition('.')[2])
-
-
-def _family(component: Optional[type]) -> Set[str]:
-    """A class and those that it derives from, as ``'mmdet.ResNet'``."""
-    return {
-        f'{c.__module__.partition(".")[0]}.{c.__name__}'
-        for c in inspect.getmro(component or object)
-    }
-
-
-@functools.lru_cache(maxsize=None)
-def _parameters(component: Optional[type]) -> Dict[str, Any]:
-    """What the constructor takes, with the defaults.
-
-    A class with ``**kwargs`` takes what the class that it derives from does.
-    """
-    found = {}
-    for owner in inspect.getmro(component or object)[:-1]:
-        init = owner.__dict__.get('__init__')
-        if init is None:
-            continue
-        takes_more = False
-        for parameter in inspect.signature(init).parameters.values():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                takes_more = True
-            elif parameter.kind is not parameter.VAR_POSITIONAL:
-                found.setdefault(parameter.name, parameter.default)
-        if not takes_more:
-            break
-    return found
-
-
-def _norm_class(cfg: Any) -> Optional[type]:
-    """The class of a normalization's config; None for anything else."""
-    if not isinstance(cfg, dict) or 'type' not in cfg:
-        return None
-    kind = _registered(cfg['type'])
-    normalizations = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
-    if kind and (
-        issubclass(kind, normalizations) or 'SyncBatchNorm' in kind.__name__
-    ):
-        return kind
     return None
 
 
@@ -590,7 +505,7 @@ def _is_replaced(cfg: Any) -> bool:
 
     A GN of one group is a layer normalization by another name.
     """
-    kind = _norm_class(cfg)
+    kind = norm_class(cfg)
     return kind is not None and not (
         kind is nn.GroupNorm and cfg.get('num_groups') == 1
     )
@@ -599,7 +514,7 @@ def _is_replaced(cfg: Any) -> bool:
 def _is_plain(conv_cfg: Optional[dict]) -> bool:
     """Whether ``conv_cfg`` means torch's own convolution."""
     return conv_cfg is None or bool(
-        re.fullmatch(r'Conv([123]d)?', _name(conv_cfg['type']))
+        re.fullmatch(r'Conv([123]d)?', class_name(conv_cfg['type']))
     )
 
 

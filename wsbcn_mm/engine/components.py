@@ -1,0 +1,101 @@
+"""What the names in a config mean: classes, and what they take."""
+
+import copy
+import functools
+import inspect
+from typing import Any, Dict, Optional, Set
+
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ..layers import BCN
+from .update_rate import update_rate
+
+
+def registered(kind: Any, scope: Optional[str] = None) -> Optional[type]:
+    """The class that a config's ``type`` means, or None."""
+    if isinstance(kind, str):
+        if scope and '.' not in kind:
+            kind = f'{scope}.{kind}'
+        try:
+            kind = MODELS.get(kind)
+        except RuntimeError:  # nothing of this name
+            return None
+    return kind if inspect.isclass(kind) else None
+
+
+def class_name(kind: Any) -> str:
+    """``'ResNet'`` for 'ResNet', 'mmdet.ResNet' and the class itself."""
+    return getattr(kind, '__name__', str(kind).rpartition('.')[2])
+
+
+def family(component: Optional[type]) -> Set[str]:
+    """A class and those that it derives from, as ``'mmdet.ResNet'``."""
+    return {
+        f'{c.__module__.partition(".")[0]}.{c.__name__}'
+        for c in inspect.getmro(component or object)
+    }
+
+
+@functools.lru_cache(maxsize=None)
+def constructor_parameters(component: Optional[type]) -> Dict[str, Any]:
+    """What the constructor takes, with the defaults.
+
+    A class with ``**kwargs`` takes what the class that it derives from does.
+    """
+    found = {}
+    for owner in inspect.getmro(component or object)[:-1]:
+        init = owner.__dict__.get('__init__')
+        if init is None:
+            continue
+        takes_more = False
+        for parameter in inspect.signature(init).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                takes_more = True
+            elif parameter.kind is not parameter.VAR_POSITIONAL:
+                found.setdefault(parameter.name, parameter.default)
+        if not takes_more:
+            break
+    return found
+
+
+def norm_class(cfg: Any) -> Optional[type]:
+    """The class of a normalization's config; None for anything else."""
+    if not isinstance(cfg, dict) or 'type' not in cfg:
+        return None
+    kind = registered(cfg['type'])
+    normalizations = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
+    if kind and (
+        issubclass(kind, normalizations) or 'SyncBatchNorm' in kind.__name__
+    ):
+        return kind
+    return None
+
+
+def plain_copy(cfg: Any) -> Any:
+    """A copy in which every dict, of whatever class, is a dict.
+
+    Nothing is left to be merged, so ``_delete_`` has no meaning any more.
+    """
+    if isinstance(cfg, dict):
+        return {k: plain_copy(v) for k, v in cfg.items() if k != '_delete_'}
+    if isinstance(cfg, (list, tuple)):
+        return type(cfg)(plain_copy(value) for value in cfg)
+    return copy.deepcopy(cfg)
+
+
+def with_rate(
+    norm_cfg: dict, images_per_gpu: int, images_per_update: int
+) -> dict:
+    """Complete ``norm_cfg`` by what follows from the numbers of images."""
+    rate = update_rate(images_per_gpu, images_per_update)
+    norm_cfg = plain_copy(norm_cfg)
+    kind = norm_class(norm_cfg)
+    if issubclass(kind, BCN):
+        norm_cfg.setdefault('momentum', rate)
+    if 'simulated_batch_size' in constructor_parameters(kind):
+        norm_cfg.setdefault('batch_size', images_per_gpu)
+        norm_cfg.setdefault('simulated_batch_size', images_per_update)
+    return norm_cfg
