@@ -357,8 +357,8 @@ class _Conversion:
         if component is None and 'type' in cfg:
             _warn(
                 f'{class_name(cfg["type"])} is not registered, so that only '
-                'the normalizations that the config names are replaced and the '
-                'convolutions stay. Import the module that registers it first'
+                'the normalizations that the config names are replaced and '
+                'the convolutions stay. Import the module that registers it first'
             )
         if 'conv_cfg' in parameters:
             old = cfg.get('conv_cfg', parameters['conv_cfg'])
