@@ -358,7 +358,8 @@ class _Conversion:
             _warn(
                 f'{class_name(cfg["type"])} is not registered, so that only '
                 'the normalizations that the config names are replaced and '
-                'the convolutions stay. Import the module that registers it first'
+                'the convolutions stay. Import the module that registers it '
+                'first'
             )
         if 'conv_cfg' in parameters:
             old = cfg.get('conv_cfg', parameters['conv_cfg'])
