@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 from .results import by_cell, row_name, score  # noqa: E402
 
@@ -23,6 +24,7 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
     columns = sorted({c for row in cells.values() for c in row})
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     error = report.get('error', False)
+    means = []
     for i, (row, found) in enumerate(cells.items()):
         points = [
             (column, score(found[column], report['metric']))
@@ -36,6 +38,7 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
         x = [c for c, _ in points]
         y = [100 - s.mean if error else s.mean for _, s in points]
         half = [s.half or 0 for _, s in points]
+        means += y
         if name in report.get('everywhere', ()):
             axes.axhline(y[0], color=color, linestyle='--', label=name)
             axes.axhspan(
@@ -60,7 +63,10 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
     if error or report.get('log'):
         axes.set_yscale('log')
         axes.yaxis.set_major_formatter('{x:g}')
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axes.yaxis.set_minor_formatter('{x:g}')
+        # An interval of a collapsed run may reach anywhere.
+        axes.set_ylim(0.7 * min(means), 1.4 * max(means))
     axes.set_xlabel(report['columns_name'])
     axes.grid(alpha=0.3, which='both')
     axes.legend(fontsize=8)
