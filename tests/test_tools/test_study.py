@@ -394,11 +394,11 @@ def test_commands_run_resume_and_report(tmp_path):
     assert (tmp_path / 'out' / 'tiny.png').stat().st_size > 5000
     found = json.loads((tmp_path / 'out' / 'tiny.json').read_text())
     assert len(found['runs']) == 4
-    # From the kept file alone, the same.
-    again = call(
-        'report.py', f'--work-dir={tmp_path}', f'--out={tmp_path / "out"}'
-    )
-    assert again == text
+    # From the kept file alone, the same, and nothing to run again.
+    other = f'--work-dir={tmp_path / "other"}'
+    assert call('report.py', other, f'--out={tmp_path / "out"}') == text
+    listed = call('run.py', other, '--list', f'--kept={tmp_path / "out"}')
+    assert 'trainings 4 of 4' in listed
 
 
 MINIATURE = dict(

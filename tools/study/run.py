@@ -2,12 +2,15 @@
 
     python tools/study/run.py tools/study/grids/classification.py --workers 2
 
-A run that was stopped goes on where it was when the command is given again.
-The results become tables and plots with report.py.
+A run that was stopped goes on where it was when the command is given again,
+and what resources/study holds already is not run again. The results become
+tables and plots with report.py.
 """
 
 import argparse
+import os.path as osp
 
+from study import results
 from study.cells import Grid, Store
 from study.runs import run_cells
 
@@ -23,6 +26,11 @@ def parse_args():
         default='work_dirs/study',
         help="where the cells' records go, which grids share "
         '(default: %(default)s)',
+    )
+    parser.add_argument(
+        '--kept',
+        default='resources/study',
+        help='where report.py keeps results (default: %(default)s)',
     )
     parser.add_argument(
         '--workers', type=int, default=1, help='parallel trainings'
@@ -47,6 +55,10 @@ def main():
     args = parse_args()
     grid = Grid(args.grid)
     store = Store(args.work_dir)
+    kept = results.load(osp.join(args.kept, f'{grid.name}.json'))
+    for record in results.kept_records(kept).values():
+        if store.read(record['settings']) is None:
+            store.write(record)
     tuning = grid.tuning_cells()
     if args.list:
         cells = len(grid.cells) * len(grid.seeds)

@@ -18,13 +18,7 @@ def collect(grid: Grid, store: Store, kept: Optional[dict] = None) -> dict:
             that have no record in the store. Default: None
     """
     environments, runs = [], {}
-    before = {}
-    for run in kept['tuning'] + kept['runs'] if kept else ():
-        environment = kept['environments'][run['environment']]
-        before[cell_name(run['settings'])] = {
-            **run,
-            'environment': environment,
-        }
+    before = kept_records(kept)
 
     def records(cells: List[dict]) -> Dict[str, dict]:
         found = {**before, **store.records(cells)}
@@ -53,6 +47,18 @@ def collect(grid: Grid, store: Store, kept: Optional[dict] = None) -> dict:
         environments=environments,
         **runs,
     )
+
+
+def kept_records(kept: Optional[dict]) -> Dict[str, dict]:
+    """The records that :func:`collect` made one JSON of, by name."""
+    runs = kept['tuning'] + kept['runs'] if kept else []
+    return {
+        cell_name(run['settings']): {
+            **run,
+            'environment': kept['environments'][run['environment']],
+        }
+        for run in runs
+    }
 
 
 HEAD = ('grid', 'seeds', 'wanted')
