@@ -60,7 +60,7 @@ def main():
         os.replace(path + '.tmp', path)
     with open(path) as f:
         metrics = json.load(f)
-    table = Table(title='Mask R-CNN, BCN+WS, one image at a time')
+    table = Table(title='One image at a time')
     table.add_column('digit scenes')
     for column in ('AP', 'AP50'):
         table.add_column(column, justify='right')
