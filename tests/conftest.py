@@ -1,11 +1,19 @@
 """What the tests share."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from processes import Processes
+
+# The same examples every time where a failure would block others; new ones on
+# a developer's machine.
+settings.register_profile('ci', derandomize=True, deadline=None)
+settings.register_profile('default', deadline=None)
+settings.load_profile('ci' if os.environ.get('CI') else 'default')
 
 
 class Vectors:
