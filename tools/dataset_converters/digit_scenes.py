@@ -291,7 +291,7 @@ def make_scene(rng, glyphs, size: int, spread: float):
 
     digits = []  # [index, label, visible mask, pixels when alone]
     crowd = np.clip(0.6 * spread * rng.standard_normal(), -1.5, 0.5)
-    count = int(round(7 * np.exp(crowd)))
+    count = int(round(10 * np.exp(crowd)))
     zoom = 0.22 * size * np.exp(0.3 * spread * rng.uniform(-1, 1))
     for _ in range(max(1, count)):
         index, label, glyph = glyphs[rng.integers(len(glyphs))]
