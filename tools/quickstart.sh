@@ -14,7 +14,7 @@ case ${STACK:-openmmlab} in
 onedl) python=${VENV:-.venv-onedl}/bin/python ;;
 *) python=${VENV:-.venv}/bin/python ;;
 esac
-config=configs/digits/mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-2e_digits.py
+config=configs/digits/mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-5e_digits.py
 seed=${SEED:-0}
 data=${DATA:-data/digit_scenes}
 work_dir=${WORK_DIR:-work_dirs/quickstart}

@@ -1,5 +1,5 @@
 # Few steps, so that it shows where training starts from.
-_base_ = '../digits/mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-2e_digits.py'
+_base_ = '../digits/mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-5e_digits.py'
 
 max_iters = 400
 train_dataloader = dict(sampler=dict(type='InfiniteSampler'))

@@ -193,7 +193,7 @@ def test_configs_resolve_by_package_name(tmp_path):
     """With or without an entry in a metafile."""
     cfg = base_config(
         tmp_path,
-        'wsbcn_mm::digits/mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-2e_digits.py',
+        'wsbcn_mm::digits/mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-5e_digits.py',
     )
     assert cfg.model.type == 'MaskRCNN'
 

@@ -19,7 +19,7 @@ from wsbcn_mm.engine.command_line import (
 
 ROOT = osp.abspath(osp.join(osp.dirname(__file__), '../..'))
 DIGITS = osp.join(
-    ROOT, 'configs/digits/mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-2e_digits.py'
+    ROOT, 'configs/digits/mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-5e_digits.py'
 )
 
 
@@ -42,7 +42,7 @@ def written(tmp_path, text):
 
 def test_missing_config_suggests_similar_ones(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UsageError, match='Did you mean .*1xb1-2e_digits.py'):
+    with pytest.raises(UsageError, match='Did you mean .*1xb1-5e_digits.py'):
         load_config(arguments('mask-rcnn_r18-slim_fpn_bcn-ws_1xb1_digits.py'))
 
 
@@ -73,7 +73,7 @@ def test_launcher_without_ranks_says_what_to_run(monkeypatch):
 
 
 def test_work_dir_is_option_then_config_then_name(tmp_path):
-    name = 'mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-2e_digits'
+    name = 'mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-5e_digits'
     assert load_config(arguments(DIGITS)).work_dir == f'work_dirs/{name}'
     path = written(tmp_path, "work_dir = 'here'\n")
     assert load_config(arguments(path)).work_dir == 'here'

@@ -14,7 +14,7 @@ import torch
 import wsbcn_mm  # noqa: F401
 
 ROOT = osp.abspath(osp.join(osp.dirname(__file__), '../..'))
-DETECTION = 'mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-2e_digits.py'
+DETECTION = 'mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-5e_digits.py'
 SEGMENTATION = 'deeplabv3plus_r18-slim_bcn-ws_1xb1-4k_digits-160x160.py'
 
 pytestmark = pytest.mark.slow

@@ -57,7 +57,7 @@ def parse_args(args=None):
         '--out', default='data/digit_scenes', help='folder to make'
     )
     parser.add_argument(
-        '--num-train', type=int, default=1250, help='training images'
+        '--num-train', type=int, default=600, help='training images'
     )
     parser.add_argument(
         '--num-val', type=int, default=60, help='validation images'

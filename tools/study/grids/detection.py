@@ -2,7 +2,7 @@
 # of what there is between one table and many photographs.
 task = 'openmmlab'
 common = dict(
-    config='configs/digits/mask-rcnn_r18-slim_fpn_bn_1xb1-2e_digits.py',
+    config='configs/digits/mask-rcnn_r18-slim_fpn_bn_1xb1-5e_digits.py',
     steps=1000,
     batch_size=4,
     num_val=300,

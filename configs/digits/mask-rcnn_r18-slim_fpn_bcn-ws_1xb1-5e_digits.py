@@ -1,4 +1,4 @@
-_base_ = './mask-rcnn_r18-slim_fpn_bn_1xb1-2e_digits.py'
+_base_ = './mask-rcnn_r18-slim_fpn_bn_1xb1-5e_digits.py'
 
 from wsbcn_mm import micro_batch_model
 
