@@ -14,6 +14,9 @@ case ${STACK:-openmmlab} in
 onedl) python=${VENV:-.venv-onedl}/bin/python ;;
 *) python=${VENV:-.venv}/bin/python ;;
 esac
+# A second thread brings nothing to a network this small, and where other work
+# has the cores, threads that wait for each other by spinning make it crawl.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 config=configs/digits/mask-rcnn_r18-slim_fpn_bcn-ws_1xb1-5e_digits.py
 seed=${SEED:-0}
 data=${DATA:-data/digit_scenes}
