@@ -1,4 +1,4 @@
-import numbers
+from ..layers._base import check_count
 
 
 def update_rate(images_per_gpu: int = 1, images_per_update: int = 16) -> float:
@@ -31,19 +31,8 @@ def update_rate(images_per_gpu: int = 1, images_per_update: int = 16) -> float:
         >>> update_rate(images_per_gpu=2, images_per_update=16)
         0.0125
     """
-    for name, value in (
-        ('images_per_gpu', images_per_gpu),
-        ('images_per_update', images_per_update),
-    ):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(
-                f'update_rate: {name} must be a positive integer, got '
-                f'{value!r} ({type(value).__name__})'
-            )
-        if value < 1:
-            raise ValueError(
-                f'update_rate: {name} must be a positive integer, got {value}'
-            )
+    check_count('update_rate', 'images_per_gpu', images_per_gpu)
+    check_count('update_rate', 'images_per_update', images_per_update)
     if images_per_gpu > images_per_update:
         raise ValueError(
             f'update_rate: images_per_update counts the images of one '

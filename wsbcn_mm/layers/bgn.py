@@ -13,6 +13,7 @@ from ..functional import (
     moments,
     normalize,
 )
+from ..functional.kernels import statistics_dtype
 from ._base import NormBase, check_count, check_momentum, in_backward
 from .batch import batch_of
 from .batch_statistics import BatchStatistics
@@ -133,7 +134,7 @@ class BGN(RunningStatistics, NormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        dtype = statistics_dtype(x.dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         if not self._splits_channels:
             return self._normalize(x, weight, bias)

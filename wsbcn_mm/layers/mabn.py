@@ -8,6 +8,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import moments, moving_average_coefficients, normalize
+from ..functional.kernels import statistics_dtype
 from ._base import NormBase, check_count, check_momentum, in_backward
 from .batch import batch_of
 from .batch_statistics import BatchStatistics
@@ -188,7 +189,7 @@ class MABN(NormBase):
             batch = batch_of(self.batch_statistics, x, mean, var)
             if batch:
                 return self._normalize(x, mean, var, batch)
-        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        dtype = statistics_dtype(x.dtype)
         running_var, weight, bias = (
             t.to(dtype) for t in (self.running_var, self.weight, self.bias)
         )
