@@ -236,6 +236,17 @@ def test_fuse_conv_bn_stops_at_standardized_weights():
     )
     with pytest.raises(RuntimeError, match='fold_for_inference'):
         fuse_conv_bn(module.eval())
+    biased = nn.Sequential(ConvWS(3, 8, 3), nn.BatchNorm2d(8))
+    with pytest.raises(RuntimeError, match='fold_for_inference'):
+        fuse_conv_bn(randomize(biased).eval())
+
+
+def test_a_standardized_weight_may_be_replaced():
+    conv = ConvWS(3, 8, 3)
+    for weight in (conv.weight, torch.rand(8, 3, 3, 3), torch.zeros(8, 27)):
+        conv.weight = nn.Parameter(weight.detach().view(8, 3, 3, 3).clone())
+        conv.bias = nn.Parameter(torch.ones(8))
+    assert not conv.weight.any() and conv.bias.all()
 
 
 def test_folded_torchscript_and_export():

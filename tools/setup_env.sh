@@ -37,6 +37,7 @@ openmmlab)
     mmcv=mmcv==2.1.0
     libraries=(mmengine==0.10.7 mmdet==3.3.0 mmsegmentation==1.2.2
         mmpretrain==1.2.0)
+    setuptools='setuptools<80' # mmcv asks for its pkg_resources
     build_minutes=16
     ;;
 onedl)
@@ -44,6 +45,7 @@ onedl)
     mmcv=onedl-mmcv==2.3.6
     libraries=(onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1
         onedl-mmsegmentation==1.4.2 onedl-mmpretrain==1.3.6)
+    setuptools='setuptools>=77,<80' # and for SPDX licenses
     build_minutes=26
     ;;
 *)
@@ -52,7 +54,7 @@ onedl)
         "onedl:     the maintained fork, under the same module names"
     ;;
 esac
-forgotten=(ftfy regex 'setuptools<80')
+forgotten=(ftfy regex "$setuptools")
 
 # Everything the environment depends on, in one line: unchanged, nothing to do.
 inputs="$STACK torch $TORCH_VERSION $TORCHVISION_VERSION $mmcv ${libraries[*]}
@@ -93,7 +95,7 @@ mkdir -p "$VENV"
 rm -f "$stamp"
 pip=("$VENV/bin/python" -m pip install --disable-pip-version-check)
 
-step 'Installing the build tools' "${pip[@]}" 'setuptools<80' wheel ninja psutil
+step 'Installing the build tools' "${pip[@]}" "$setuptools" wheel ninja psutil
 step "Installing torch $TORCH_VERSION (up to 5 GB, 1-3 minutes)" \
     "${pip[@]}" "torch==$TORCH_VERSION" "torchvision==$TORCHVISION_VERSION"
 
@@ -152,7 +154,7 @@ step "Installing ${libraries[*]}" \
     "${pip[@]}" "${libraries[@]}" "${forgotten[@]}" "torch==$TORCH_VERSION"
 step 'Installing wsbcn_mm, editable, with what its tests need' \
     "${pip[@]}" --no-build-isolation -e '.[digits,plots,tests]' \
-    'setuptools<80' "torch==$TORCH_VERSION"
+    "$setuptools" "torch==$TORCH_VERSION"
 step 'Importing all of it' "$VENV/bin/python" -c "
 import mmcv.ops, mmdet, mmseg, mmpretrain, wsbcn_mm"
 printf '%s' "$inputs" >"$stamp"

@@ -1,5 +1,6 @@
 """Pure tensor mathematics: no modules, no registry, no state."""
 
+from .batch_channel import BatchChannelCoefficients
 from .coefficients import (
     batch_channel_coefficients,
     batch_group_coefficients,
@@ -17,6 +18,7 @@ from .weight import standardize_weight
 from .weight_normalization import centralize_weight, normalize_weight
 
 __all__ = [
+    'BatchChannelCoefficients',
     'SharedWeight',
     'batch_channel_coefficients',
     'batch_group_coefficients',

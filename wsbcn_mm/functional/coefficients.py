@@ -29,7 +29,9 @@ def batch_statistics(
     """
 
     def average(values: Tensor) -> Tensor:
-        return values.mean(0) if share is None else (values * share).sum(0)
+        if share is not None:
+            return (values * share).sum(0)
+        return values[0] if len(values) == 1 else values.mean(0)
 
     batch_mean = average(mean)
     center = batch_mean if center is None else center
@@ -197,7 +199,7 @@ def updated_estimates(
     """
     new_mean = torch.lerp(running_mean, mean, rate)
     new_var = torch.lerp(running_var, var, rate)
-    good = new_mean.isfinite() & new_var.isfinite()
+    good = (new_mean + new_var) * 0 == 0  # neither infinite nor NaN
     return (
         torch.where(good, new_mean, running_mean),
         torch.where(good, new_var, running_var),

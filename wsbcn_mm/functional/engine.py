@@ -12,6 +12,8 @@ tensors.
 would lose all its digits where the mean is large against the spread.
 """
 
+import math
+from functools import partial
 from typing import Callable, Tuple
 
 import torch
@@ -67,7 +69,9 @@ def normalize(
         x (Tensor): Activations, floating point.
         mean, var (Tensor): ``moments(x)``.
         coefficients (Callable): A differentiable, pure function of the
-            moments and the parameters to ``(scale, shift)``.
+            moments and the parameters to ``(scale, shift)``. With a method
+            ``vjp`` (:class:`BatchChannelCoefficients` has one) it is not
+            differentiated by autograd.
         *parameters (Tensor): What the coefficients depend on besides.
 
     Shape:
@@ -89,7 +93,9 @@ def normalize(
     ):
         return _Normalize.apply(x, mean, var, coefficients, *parameters)
     scale, shift = coefficients(mean, var, *parameters)
-    return kernels.select(x).affine(x, mean, scale, shift)
+    return kernels.select(x).affine(
+        x, mean, scale, shift, near=kernels.near(mean, var)
+    )
 
 
 def _definition(
@@ -100,23 +106,44 @@ def _definition(
     return kernels.plain.affine(x, mean, scale, shift)
 
 
+def _vjp(coefficients: Coefficients, *inputs: Tensor):
+    """What a gradient in closed form would give, by autograd."""
+    with torch.enable_grad():
+        inputs = [
+            t.detach().requires_grad_(i < 2 or t.requires_grad)
+            for i, t in enumerate(inputs)
+        ]
+        scale, shift = coefficients(*inputs)
+
+    def pull_back(grad_scale: Tensor, grad_shift: Tensor):
+        wanted = [t for t in inputs if t.requires_grad]
+        grads = iter(
+            torch.autograd.grad(
+                (scale, shift),
+                wanted,
+                (grad_scale, grad_shift),
+                retain_graph=True,
+                materialize_grads=True,
+            )
+        )
+        return tuple(next(grads) if t.requires_grad else None for t in inputs)
+
+    return scale.detach(), shift.detach(), pull_back
+
+
 class _Normalize(torch.autograd.Function):
     """The three passes of a backward, instead of autograd's many."""
 
     @staticmethod
     def forward(ctx, x, mean, var, coefficients, *parameters):
-        with torch.enable_grad():
-            small = [t.detach().requires_grad_() for t in (mean, var)]
-            small += [
-                p.detach().requires_grad_(p.requires_grad) for p in parameters
-            ]
-            scale, shift = coefficients(*small)
+        vjp = getattr(coefficients, 'vjp', None) or partial(_vjp, coefficients)
+        scale, shift, ctx.pull_back = vjp(mean, var, *parameters)
+        # Parameters, to be told if one is edited before the backward pass.
         ctx.save_for_backward(x, *parameters)
         ctx.coefficients = coefficients
-        ctx.small, ctx.scale, ctx.shift = small, scale, shift
-        return kernels.select(x).affine(
-            x, small[0].detach(), scale.detach(), shift.detach()
-        )
+        ctx.mean, ctx.scale = mean, scale
+        ctx.near = kernels.near(mean, var)
+        return kernels.select(x).affine(x, mean, scale, shift, near=ctx.near)
 
     @staticmethod
     def backward(ctx, grad):
@@ -127,36 +154,24 @@ class _Normalize(torch.autograd.Function):
                 ctx, grad, x, parameters, wanted
             )
         kernel = kernels.select(x)
-        mean, var = ctx.small[:2]
-        center, scale = mean.detach(), ctx.scale.detach()
-        grad_shift, grad_scale = kernel.reduce(grad, x, center)
-        with torch.enable_grad():
-            grads = iter(
-                torch.autograd.grad(
-                    (ctx.scale, ctx.shift),
-                    [t for t in ctx.small if t.requires_grad],
-                    (grad_scale, grad_shift),
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-            )
-        grad_mean, grad_var, *grad_parameters = [
-            next(grads) if t.requires_grad else None for t in ctx.small
-        ]
+        mean, scale = ctx.mean, ctx.scale
+        grad_shift, grad_scale = kernel.reduce(grad, x, mean)
+        grad_mean, grad_var, *grad_parameters = ctx.pull_back(
+            grad_scale, grad_shift
+        )
         grad_x = None
         if wanted[0]:
-            length = max(x[0, 0].numel(), 1) if x.numel() else 1
+            length = max(math.prod(x.shape[2:]), 1)
             # The centre is the mean as well: d/dm of (x - m) * scale.
-            offset = -scale * grad_shift
-            if grad_mean is not None:
-                offset = offset + grad_mean
-            slope = (
-                torch.zeros_like(scale)
-                if grad_var is None
-                else grad_var * (2 / length)
-            )
+            offset = torch.addcmul(grad_mean, scale, grad_shift, value=-1)
             grad_x = kernel.input_grad(
-                grad, x, center, scale, slope, offset / length
+                grad,
+                x,
+                mean,
+                scale,
+                grad_var * (2 / length),
+                offset / length,
+                near=ctx.near,
             )
         return grad_x, None, None, None, *grad_parameters
 

@@ -67,7 +67,10 @@ class _StandardizeWeight(torch.autograd.Function):
         mean, var = kernel.moments(rows)
         std = (var * (rows.shape[2] / (rows.shape[2] - 1))).sqrt_()
         inverse = (std + eps).reciprocal_()
-        result = kernel.affine(rows, mean, inverse, torch.zeros_like(mean))
+        ctx.near = kernels.near(mean, var)
+        result = kernel.affine(
+            rows, mean, inverse, torch.zeros_like(mean), near=ctx.near
+        )
         ctx.save_for_backward(weight, mean, std, inverse)
         ctx.eps = eps
         return _unflatten(result, weight)
@@ -88,7 +91,13 @@ class _StandardizeWeight(torch.autograd.Function):
         slope = -product * inverse.square() / (std * (count - 1))
         slope = torch.where(std > 0, slope, 0)
         result = kernel.input_grad(
-            grad, rows, mean, inverse, slope, inverse * total / -count
+            grad,
+            rows,
+            mean,
+            inverse,
+            slope,
+            inverse * total / -count,
+            near=ctx.near,
         )
         return _unflatten(result, weight), None
 

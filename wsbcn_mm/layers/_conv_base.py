@@ -1,7 +1,7 @@
 """What convolutions with a function of their weight share."""
 
 import weakref
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ def _count_optimizer_step(*_) -> None:
 
 # Fused optimizers do not count a parameter's version up.
 register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def _is_rescaled(old: Optional[Tensor], new: Tensor) -> bool:
+    """Whether each filter is a multiple of the old one, not all the same."""
+    if old is None or old.is_meta or new.is_meta or old.shape != new.shape:
+        return False
+    old, new = (t.detach().double().cpu().flatten(1) for t in (old, new))
+    if torch.equal(old, new) or not new.any():
+        return False
+    products = (old * new).sum(1, keepdim=True)
+    factors = products / old.square().sum(1, keepdim=True)
+    return torch.allclose(new, factors * old, rtol=1e-3, atol=1e-9)
 
 
 class ConvBase:
@@ -119,11 +131,10 @@ class ConvBase:
     def register_parameter(self, name: str, param) -> None:
         # fuse_conv_bn gives the convolution a bias, and a scale that the
         # function of the weight would take out again: wrong outputs.
-        if (
-            name == 'bias'
-            and param is not None
-            and 'bias' in self._parameters
-            and self.bias is None
+        old = self._parameters.get(name)
+        if param is not None and (
+            (name == 'bias' and name in self._parameters and old is None)
+            or (name == 'weight' and _is_rescaled(old, param))
         ):
             raise RuntimeError(
                 f'{type(self).__name__}: a normalization is being fused into '

@@ -1,5 +1,6 @@
 """The batch that statistics are taken over: of one process, or of all."""
 
+import math
 from typing import Optional, Tuple, Union
 
 import torch
@@ -10,6 +11,10 @@ from ..functional import batch_statistics
 from .batch_statistics import SharedBatchStatistics
 
 
+def _positions(x: Tensor) -> int:
+    return math.prod(x.shape) // x.shape[1]
+
+
 class Batch:
     """The samples of this process.
 
@@ -18,7 +23,7 @@ class Batch:
     """
 
     def __init__(self, x: Tensor):
-        self.num_positions = x[:, 0].numel()
+        self.num_positions = _positions(x)
 
     @property
     def is_filled(self) -> int:
@@ -61,7 +66,7 @@ class SharedBatch:
 
     def __init__(self, x: Tensor, mean: Tensor, var: Tensor, group):
         self._group = group
-        positions = x[:, 0].numel()
+        positions = _positions(x)
         counts = mean.new_tensor([len(x) if positions else 0, positions])
         local = torch.cat([counts, self._local(mean, var).flatten()])
         rows = [

@@ -1,5 +1,6 @@
 """How the ecosystem's switches for Batch Normalization reach a layer."""
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -9,6 +10,14 @@ except ImportError:  # an mmcv without ops
 
     class MMSyncBatchNorm(nn.Module):
         pass
+
+
+_ADVICE = (
+    ', as swa_utils.update_bn and PreciseBNHook do to Batch Normalization, '
+    'but those of a layer of wsbcn_mm are its own. Instead, for each BCN, BGN '
+    'or MABN of the model call reset_running_stats(), set momentum=None (BCN '
+    'and BGN), and run training forwards over the data under no_grad().'
+)
 
 
 class BatchStatistics(_BatchNorm):
@@ -27,6 +36,10 @@ class BatchStatistics(_BatchNorm):
 
     def __init__(self):
         super().__init__(0, affine=False, track_running_stats=False)
+        # Tools that compute statistics look at these before they touch
+        # anything else, and should get as far as the message below.
+        del self.running_mean, self.running_var
+        self.running_mean = self.running_var = torch.empty(0)
 
     @staticmethod
     def in_place_of(module: nn.Module) -> 'BatchStatistics':
@@ -45,13 +58,14 @@ class BatchStatistics(_BatchNorm):
         """There are none."""
 
     def reset_running_stats(self) -> None:
-        raise RuntimeError(
-            'the running statistics of Batch Normalization are being reset '
-            '(swa_utils.update_bn does so), but those of a layer of wsbcn_mm '
-            'are its own. Instead, for each BCN, BGN or MABN of the averaged '
-            'model call reset_running_stats(), set momentum=None (BCN and '
-            'BGN), and run training forwards over the data under no_grad().'
-        )
+        raise RuntimeError(f'running statistics are being reset{_ADVICE}')
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == 'momentum' and name in self.__dict__:
+            raise RuntimeError(
+                f'the momentum is being set to {value} from outside{_ADVICE}'
+            )
+        super().__setattr__(name, value)
 
     def _check_input_dim(self, input):
         raise RuntimeError('BatchStatistics normalizes nothing.')
@@ -76,4 +90,6 @@ class SharedBatchStatistics(MMSyncBatchNorm, BatchStatistics):
         self.process_group = process_group
 
     forward = BatchStatistics.forward
+    reset_parameters = BatchStatistics.reset_parameters
+    reset_running_stats = BatchStatistics.reset_running_stats
     __repr__ = BatchStatistics.__repr__

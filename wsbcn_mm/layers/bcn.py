@@ -1,12 +1,12 @@
 from functools import partial
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import (
-    batch_channel_coefficients,
+    BatchChannelCoefficients,
     large_batch_channel_coefficients,
     moments,
     normalize,
@@ -143,26 +143,28 @@ class BCN(RunningStatistics, NormBase):
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         mean, var = moments(x)
-        coefficients = None
+        settings = dict(num_groups=self.num_groups, eps=self.eps)
+        coefficients = estimates = None
         tracking = self.training and self.batch_statistics.training
         if tracking and not (self.estimate and in_backward()):
             batch = batch_of(self.batch_statistics, x, mean, var)
             if batch and not in_backward():
-                self._update(batch, mean, var)
+                estimates = self._update(batch, mean, var)
             if batch and not self.estimate:
                 coefficients = partial(
                     large_batch_channel_coefficients,
                     statistics=batch.statistics,
+                    **settings,
                 )
         if coefficients is None:
-            coefficients = partial(
-                batch_channel_coefficients, **self._estimates(mean.dtype)
+            coefficients = BatchChannelCoefficients(
+                *(estimates or self._estimates(mean.dtype)), **settings
             )
         return normalize(
             x,
             mean,
             var,
-            partial(coefficients, num_groups=self.num_groups, eps=self.eps),
+            coefficients,
             self.batch_weight,
             self.batch_bias,
             self.weight,
@@ -170,7 +172,9 @@ class BCN(RunningStatistics, NormBase):
         )
 
     @torch.no_grad()
-    def _update(self, batch: Batch, mean: Tensor, var: Tensor) -> None:
+    def _update(
+        self, batch: Batch, mean: Tensor, var: Tensor
+    ) -> Tuple[Tensor, Tensor]:
         """Move the estimates towards a batch's moments."""
         if self.estimate:  # squares about the old mean, as the authors do
             old_mean = self.running_mean.to(mean.dtype)
@@ -178,7 +182,7 @@ class BCN(RunningStatistics, NormBase):
         else:  # the unbiased variance, as torch does
             new_mean, new_var = batch.statistics(mean, var)
             new_var = new_var * batch.bessel()
-        self._move_estimates(new_mean, new_var, batch.is_filled)
+        return self._move_estimates(new_mean, new_var, batch.is_filled)
 
     def extra_repr(self) -> str:
         return (

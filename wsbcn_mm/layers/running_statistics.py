@@ -1,6 +1,6 @@
 """Estimates of batch statistics, as buffers."""
 
-from typing import Union
+from typing import Tuple, Union
 
 import torch
 from torch import Tensor
@@ -30,39 +30,42 @@ class RunningStatistics:
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
 
-    def _estimates(self, dtype: torch.dtype) -> dict:
+    def _estimates(self, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
         # Copies: a layer that is shared between levels runs again, and
         # updates the buffers, before this call's backward needs them.
+        estimates = self.running_mean, self.running_var
         if self.training and torch.compiler.is_compiling():
-            return dict(
-                running_mean=snapshot(self.running_mean).to(dtype),
-                running_var=snapshot(self.running_var).to(dtype),
-            )
-        return dict(
-            running_mean=self.running_mean.to(dtype, copy=True),
-            running_var=self.running_var.to(dtype, copy=True),
-        )
+            return tuple(snapshot(t).to(dtype) for t in estimates)
+        return tuple(t.to(dtype, copy=True) for t in estimates)
 
     @torch.no_grad()
     def _move_estimates(
         self, mean: Tensor, var: Tensor, is_filled: Union[int, Tensor]
-    ) -> None:
+    ) -> Tuple[Tensor, Tensor]:
         """Move the estimates towards a batch's statistics.
 
         Args:
             mean, var (Tensor): The statistics.
-            is_filled (int | Tensor): 0 if the batch is empty, else 1.
+            is_filled (int | Tensor): 0 if the batch is empty, else 1. An
+                int is 1 here.
+
+        Returns:
+            tuple[Tensor]: The new estimates, in the dtype of statistics.
         """
         self.num_batches_tracked += is_filled
         rate = self.momentum
         if rate is None:
             rate = self.num_batches_tracked.to(mean.dtype).reciprocal()
-        new_mean, new_var = updated_estimates(
-            **self._estimates(mean.dtype),
+        if isinstance(is_filled, Tensor):
             # NaN for an empty batch, which leaves the estimates alone.
-            mean=mean / is_filled,
-            var=var / is_filled,
-            rate=rate,
+            mean, var = mean / is_filled, var / is_filled
+        estimates = updated_estimates(
+            self.running_mean.to(mean.dtype),
+            self.running_var.to(var.dtype),
+            mean,
+            var,
+            rate,
         )
-        self.running_mean.copy_(new_mean)
-        self.running_var.copy_(new_var)
+        self.running_mean.copy_(estimates[0])
+        self.running_var.copy_(estimates[1])
+        return estimates

@@ -25,6 +25,17 @@ _PIECE = 1 << 20  # elements: two or three such pieces fit the cache
 _FAR = 8
 
 
+def near(mean: Tensor, var: Tensor) -> bool:
+    """Whether no mean is far from zero against its spread.
+
+    Not asked of an accelerator, which would have to be waited for.
+    """
+    if mean.device.type != 'cpu' or mean.numel() == 0:
+        return False
+    excess = torch.sub(mean.square(), var, alpha=_FAR**2)
+    return excess.max().item() <= 0
+
+
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     rows = _rows(x)
@@ -33,7 +44,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     if x.is_contiguous():
         _, squares = _sums(x, x, mean)
         var = squares.div_(length).view_as(mean)
-        if bool((mean.square() <= _FAR**2 * var).all()):
+        if near(mean, var):
             return mean.view(x.shape[:2]), var.view(x.shape[:2])
     var = torch.zeros_like(mean)
     for piece, m, v, buffer in _pieces(rows, mean, var):
@@ -42,9 +53,15 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean.view(x.shape[:2]), var.div_(length).view(x.shape[:2])
 
 
-def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    near: bool = False,
+) -> Tensor:
     x = dense(x)
-    if x.is_contiguous() and bool(((center * scale).abs() <= _FAR).all()):
+    if near and x.is_contiguous():
         return _affine_in_one_sweep(x, center, scale, shift)
     result = torch.empty_like(x)
     for piece, y, c, s, t, buffer in _pieces(
@@ -79,19 +96,15 @@ def input_grad(
     scale: Tensor,
     slope: Tensor,
     offset: Tensor,
+    near: bool = False,
 ) -> Tensor:
     x = dense(x)
     grad = grad.contiguous(memory_format=memory_format(x))
-    if x.is_contiguous() and x.dtype == center.dtype:
-        rows = _rows(x)
+    if near and x.is_contiguous() and x.dtype == center.dtype:
+        result = _affine_in_one_sweep(x, center, slope, offset)
         # An expanded scale is not contiguous, which _rows would follow.
-        mean, factor = (t.reshape(-1, 1, 1) for t in (center, scale))
-        # The first positions tell how wide the spread is.
-        spread = (rows[:, :16] - mean).abs().amax(1, keepdim=True)
-        if bool((mean.abs() <= _FAR * spread).all()):
-            result = _affine_in_one_sweep(x, center, slope, offset)
-            _rows(result).addcmul_(_rows(grad), factor)
-            return result
+        _rows(result).addcmul_(_rows(grad), scale.reshape(-1, 1, 1))
+        return result
     result = torch.empty_like(x)
     for piece, g, y, c, s, k, t, buffer in _pieces(
         _rows(x), _rows(grad), _rows(result), center, scale, slope, offset
@@ -108,18 +121,24 @@ def _affine_in_one_sweep(
     x: Tensor, center: Tensor, scale: Tensor, shift: Tensor
 ) -> Tensor:
     """What BatchNorm does in evaluation, one channel a row."""
-    y, _, _ = torch.ops.aten.native_batch_norm(
-        x.view(1, center.numel(), -1),
+    result = torch.empty_like(x)
+    rows = (1, center.numel(), -1)
+    center = center.flatten()
+    nothing = center.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        x.view(rows),
         weight=scale.flatten(),
         bias=shift.flatten(),
-        running_mean=center.flatten(),
-        running_var=torch.ones_like(center).flatten(),
+        running_mean=center,
+        running_var=torch.ones_like(center),
         training=False,
         momentum=0.0,
         eps=0.0,
+        out=result.view(rows),
+        save_mean=nothing,
+        save_invstd=nothing,
     )
-    # A view would break the in-place ReLU that follows.
-    return torch.ops.aten._unsafe_view(y, x.shape)
+    return result
 
 
 def _sums(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:

@@ -22,7 +22,13 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean.view(x.shape[:2]), var.view(x.shape[:2])
 
 
-def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    near: bool = False,
+) -> Tensor:
     y = torch.batch_norm_elemt(
         _rows(x),
         scale.flatten(),
@@ -55,6 +61,7 @@ def input_grad(
     scale: Tensor,
     slope: Tensor,
     offset: Tensor,
+    near: bool = False,
 ) -> Tensor:
     # (grad - total / count - (x - center) * product / count) * scale
     divisor = torch.where(scale.abs() < _TINY, _TINY, scale)

@@ -33,7 +33,13 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean, var
 
 
-def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    near: bool = False,
+) -> Tensor:
     y = _statistics(x) - _expand(center, x)
     return torch.addcmul(_expand(shift, x), y, _expand(scale, x)).to(x.dtype)
 
@@ -51,6 +57,7 @@ def input_grad(
     scale: Tensor,
     slope: Tensor,
     offset: Tensor,
+    near: bool = False,
 ) -> Tensor:
     result = torch.addcmul(
         _expand(offset, x), _statistics(grad), _expand(scale, x)
