@@ -9,6 +9,10 @@ from . import kernels
 from .transforms import is_transformed
 
 
+# Added to variances: the least whose inverse root, cubed, is a float32.
+_TINY = 1e-24
+
+
 def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
     r"""Weight Standardization of every output channel.
 
@@ -58,47 +62,62 @@ def _definition(weight: Tensor, eps: float) -> Tensor:
 
 
 class _StandardizeWeight(torch.autograd.Function):
-    """The passes of the activations' engine: filters are its channels."""
+    r"""PyTorch's layer normalization of the filters, one pass each way.
+
+    Its result, :math:`z = c / \sigma` with the centred weight :math:`c` and
+    the biased :math:`\sigma`, is a factor a filter away from ours, which has
+    the unbiased :math:`s = \sigma \sqrt{K / (K - 1)}` over K weights:
+
+    .. math::
+        \hat W = \frac{c}{s + \epsilon} = \frac{z}{\sqrt{K / (K - 1)} +
+        \epsilon / \sigma}
+
+    Its backward pass, :math:`r (g - \mathrm{mean}(g)) - r^3 c \langle g, c
+    \rangle / K`, takes the :math:`r` it is handed for :math:`1 / \sigma`.
+    With :math:`i = 1 / (s + \epsilon)` ours is
+
+    .. math::
+        i (g - \mathrm{mean}(g)) - \frac{i^2}{s (K - 1)} c \langle g, c
+        \rangle
+
+    which is :math:`i / r` times that for :math:`r^2 = i K / (s (K - 1))`.
+    """
 
     @staticmethod
     def forward(ctx, weight, eps):
         rows = _memory_rows(weight)
-        kernel = kernels.select(rows)
-        mean, var = kernel.moments(rows)
-        std = (var * (rows.shape[2] / (rows.shape[2] - 1))).sqrt_()
-        inverse = (std + eps).reciprocal_()
-        ctx.near = kernels.near(mean, var)
-        result = kernel.affine(
-            rows, mean, inverse, torch.zeros_like(mean), near=ctx.near
+        count = rows.shape[1]
+        result, mean, inverse = torch.native_layer_norm(
+            rows, (count,), None, None, _TINY
         )
-        ctx.save_for_backward(weight, mean, std, inverse)
+        factor = (inverse * eps).add_((count / (count - 1)) ** 0.5)
+        result *= factor.reciprocal()
+        ctx.save_for_backward(weight, mean, inverse, factor)
         ctx.eps = eps
         return _unflatten(result, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, mean, std, inverse = ctx.saved_tensors
+        weight, mean, inverse, factor = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
             return torch.autograd.grad(
                 _definition(weight, ctx.eps), weight, grad, create_graph=True
             )[0], None
         rows = _memory_rows(weight)
-        grad = _memory_rows(grad, like=weight)
-        kernel = kernels.select(rows)
-        count = rows.shape[2]
-        total, product = kernel.reduce(grad, rows, mean)
-        # d std = <centered, d centered> / (std * (fan_in - 1))
-        slope = -product * inverse.square() / (std * (count - 1))
-        slope = torch.where(std > 0, slope, 0)
-        result = kernel.input_grad(
-            grad,
+        count = rows.shape[1]
+        # i = inverse / factor, s = sqrt(count / (count - 1)) / inverse
+        ratio = (count / (count - 1)) ** 0.25 * factor.rsqrt()
+        result, _, _ = torch.ops.aten.native_layer_norm_backward(
+            _memory_rows(grad, like=weight),
             rows,
+            (count,),
             mean,
-            inverse,
-            slope,
-            inverse * total / -count,
-            near=ctx.near,
+            inverse * ratio,
+            None,
+            None,
+            [True, False, False],
         )
+        result *= (ratio * factor).reciprocal_()
         return _unflatten(result, weight), None
 
 
@@ -109,15 +128,15 @@ def _layout(weight: Tensor) -> Tuple[int, ...]:
 
 
 def _memory_rows(weight: Tensor, like: Optional[Tensor] = None) -> Tensor:
-    """Filters as the channels of activations, a view in any layout."""
-    order = _layout(weight if like is None else like)
-    return weight.permute(order).flatten(1)[None]
+    """:func:`_rows` in the order of memory: a view in any layout."""
+    return _rows(weight.permute(_layout(weight if like is None else like)))
 
 
 def _unflatten(rows: Tensor, weight: Tensor) -> Tensor:
     order = _layout(weight)
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return rows.view([weight.shape[d] for d in order]).permute(inverse)
+    rows = rows.view([weight.shape[d] for d in order]).permute(inverse)
+    return rows.to(weight.dtype)
 
 
 def _rows(weight: Tensor) -> Tensor:
