@@ -8,7 +8,6 @@ from torch import Tensor
 from . import kernels
 from .transforms import is_transformed
 
-
 # Added to variances: the least whose inverse root, cubed, is a float32.
 _TINY = 1e-24
 
