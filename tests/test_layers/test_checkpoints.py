@@ -401,3 +401,41 @@ def test_swa_update_is_told_what_to_do():
             averaged.train()(x)
     wanted = torch.cat(loader).mean((0, 2, 3))
     assert torch.allclose(norm.running_mean, wanted)
+
+
+FAMILY = {
+    'BN': lambda: nn.BatchNorm2d(8),
+    'GN': lambda: nn.GroupNorm(4, 8),
+    'BCN': lambda: BCN(8, 4),
+    'BGN': lambda: BGN(8, 4),
+    'MABN': lambda: MABN(8, 1, 2),
+}
+
+
+@pytest.mark.parametrize('source', FAMILY)
+@pytest.mark.parametrize('target', ['BCN', 'BGN', 'MABN'])
+def test_any_normalization_loads_or_says_what_does_not_fit(source, target):
+    norm = FAMILY[source]()
+    norm(torch.randn(4, 8, 3, 3) * 2 + 1)
+    norm.eval()
+    other = FAMILY[target]().eval()
+    try:
+        other.load_state_dict(norm.state_dict(), strict=False)
+    except RuntimeError as error:
+        assert 'size mismatch' in str(error)
+        assert {source, target} <= {'BCN', 'BGN', 'MABN'}
+        return
+    x = torch.randn(2, 8, 5, 5)
+    assert other(x).isfinite().all()
+    kept = {('BN', 'BGN'), ('BN', 'MABN'), ('GN', 'BCN')}
+    if source == target or (source, target) in kept:
+        torch.testing.assert_close(other(x), norm(x))
+
+
+def test_averages_of_groups_become_those_of_channels():
+    norm, other = BGN(8, 4), BCN(8, 4)
+    norm(torch.randn(4, 8, 3, 3) * 2 + 1)
+    other.load_state_dict(norm.state_dict())
+    for name in ('running_mean', 'running_var'):
+        group = getattr(norm, name).repeat_interleave(2)
+        assert torch.equal(getattr(other, name), group)

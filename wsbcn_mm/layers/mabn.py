@@ -290,7 +290,8 @@ class MABN(NormBase):
             if running_var is not None:
                 state_dict[own['running_var']] = running_var.flatten()
         elif f'{prefix}running_mean' in state_dict and all(
-            own[k] in state_dict for k in ('running_var', 'weight', 'bias')
+            len(state_dict.get(prefix + k, ())) == self.num_features
+            for k in ('running_mean', 'running_var', 'weight', 'bias')
         ):  # BN's: the mean goes into the shift
             mean = state_dict.pop(f'{prefix}running_mean')
             var, weight, bias = (
