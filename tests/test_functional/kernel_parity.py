@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from wsbcn_mm.functional import kernels
 from wsbcn_mm.functional.kernels import plain
 
 LAYOUTS = {
@@ -94,7 +95,8 @@ def check(backend, x, grad, device='cpu'):
     )
     size = x_size * wide_args[0].abs().max() + wide_args[2].abs().max()
 
-    result = backend.affine(x, center, args[0], args[2])
+    near = kernels.near(center, args[0])
+    result = backend.affine(x, center, args[0], args[2], near=near)
     assert result.dtype == x.dtype
     assert result._base is None, 'a view breaks the ReLU that follows'
     close(
@@ -109,7 +111,7 @@ def check(backend, x, grad, device='cpu'):
     close(total, wide_total, length, small)
     close(product, wide_product, length * (x_size + 1e-6), small)
 
-    result = backend.input_grad(grad, x, center, *args)
+    result = backend.input_grad(grad, x, center, *args, near=near)
     assert result.dtype == x.dtype
     close(
         result,

@@ -94,7 +94,7 @@ def normalize(
         return _Normalize.apply(x, mean, var, coefficients, *parameters)
     scale, shift = coefficients(mean, var, *parameters)
     return kernels.select(x).affine(
-        x, mean, scale, shift, near=kernels.near(mean, var)
+        x, mean, scale, shift, near=kernels.near(mean, scale)
     )
 
 
@@ -142,7 +142,7 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, *parameters)
         ctx.coefficients = coefficients
         ctx.mean, ctx.scale = mean, scale
-        ctx.near = kernels.near(mean, var)
+        ctx.near = kernels.near(mean, scale)
         return kernels.select(x).affine(x, mean, scale, shift, near=ctx.near)
 
     @staticmethod
