@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import load_checkpoint
 from mmengine.utils import digit_version
 
 from wsbcn_mm.engine.compat import register_configs
@@ -129,6 +130,20 @@ def test_restored_arrays_do_not_tie_checkpoints_to_this_package():
 def test_code_is_refused(attack):
     with pytest.raises(pickle.UnpicklingError):
         reloaded({'state_dict': {}, 'message_hub': attack})
+
+
+@refusing
+def test_loading_with_mmengine_runs_nothing(tmp_path):
+    """The maintained fork would load again, without torch's safety."""
+    path, witness = str(tmp_path / 'bad.pth'), tmp_path / 'witness'
+    attack = Call(os.system, f'touch {witness}')
+    torch.save({'state_dict': {}, 'meta': attack}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(torch.nn.Linear(1, 1), path)
+    assert not witness.exists()
+    torch.save({'state_dict': {}, 'meta': HistoryBuffer([1.0], [1])}, path)
+    loaded = load_checkpoint(torch.nn.Linear(1, 1), path)
+    assert loaded['meta'].current() == 1
 
 
 @refusing

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import checkpoint
 from mmengine.utils import digit_version
 
 
@@ -137,6 +138,10 @@ def allow_mmengine_checkpoints() -> None:
     torch.serialization.add_safe_globals(
         [(stand_in, name) for name, stand_in in stand_ins.items()]
     )
+    # The maintained fork declares the names themselves safe, ``getattr`` too,
+    # and loads whatever torch refuses with code execution.
+    if hasattr(checkpoint, '_safe_torch_load'):
+        checkpoint._safe_torch_load = torch.load
 
 
 def register_configs() -> None:

@@ -66,6 +66,8 @@ class RunningStatistics:
             var,
             rate,
         )
+        if torch.compiler.is_compiling():
+            estimates = tuple(snapshot(t) for t in estimates)
         self.running_mean.copy_(estimates[0])
         self.running_var.copy_(estimates[1])
         return estimates

@@ -18,10 +18,17 @@ class _SeededBatches:
         return self
 
     def __next__(self):
+        # The maintained fork makes the iterator late, by a random number.
+        getattr(self._batches, '_ensure_iterator', lambda: None)()
         # A resumed loop skips what has been trained on, and counts it here.
         seed_all(self._seed, get_rank(), self._iter)
         self._iter += 1
         return next(self._batches)
+
+    def skip_iter(self, num_iters: int) -> None:
+        """The maintained fork's way of skipping."""
+        self._iter += num_iters
+        self._batches.skip_iter(num_iters)
 
 
 @HOOKS.register_module()
