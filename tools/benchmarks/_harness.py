@@ -1,6 +1,7 @@
 """What the benchmarks share: fair timing, the floor, and the reports."""
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -77,9 +78,24 @@ def begin(args: argparse.Namespace) -> None:
             'error: --clock cpu counts the time of all threads, and none of '
             'a GPU: it needs --device cpu --threads 1'
         )
+    if args.device == 'cpu':
+        _keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc use freed memory again, as jemalloc and CUDA's cache do.
+
+    By itself glibc gives large blocks back. Fresh pages then cost more than
+    the arithmetic, for whichever layer happens to ask for them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def synchronize(device: str) -> None:

@@ -61,36 +61,38 @@ def _definition(weight: Tensor, eps: float) -> Tensor:
 
 
 class _StandardizeWeight(torch.autograd.Function):
-    r"""PyTorch's layer normalization of the filters, one pass each way.
+    r"""PyTorch's normalizations, of filters: one pass each way.
 
-    Its result, :math:`z = c / \sigma` with the centred weight :math:`c` and
-    the biased :math:`\sigma`, is a factor a filter away from ours, which has
-    the unbiased :math:`s = \sigma \sqrt{K / (K - 1)}` over K weights:
+    Group Normalization, with a group a filter, gives :math:`z = c / \sigma`
+    with the centred weight :math:`c` and the biased :math:`\sigma`. Ours, with
+    the unbiased :math:`s = \sigma \sqrt{K / (K - 1)}` over K weights, is a
+    factor a filter away:
 
     .. math::
         \hat W = \frac{c}{s + \epsilon} = \frac{z}{\sqrt{K / (K - 1)} +
         \epsilon / \sigma}
 
-    Its backward pass, :math:`r (g - \mathrm{mean}(g)) - r^3 c \langle g, c
-    \rangle / K`, takes the :math:`r` it is handed for :math:`1 / \sigma`.
-    With :math:`i = 1 / (s + \epsilon)` ours is
+    The backward pass of Batch Normalization, with a channel a filter, is
 
     .. math::
-        i (g - \mathrm{mean}(g)) - \frac{i^2}{s (K - 1)} c \langle g, c
-        \rangle
+        \gamma r (g - \mathrm{mean}(g)) - \gamma r^3 c \langle g, c \rangle
+        / K
 
-    which is :math:`i / r` times that for :math:`r^2 = i K / (s (K - 1))`.
+    for any :math:`r` in the place of :math:`1 / \sigma`. With :math:`i = 1 /
+    (s + \epsilon)` ours is :math:`i (g - \mathrm{mean}(g)) - i^2 c \langle
+    g, c \rangle / (s (K - 1))`: the same for :math:`r^2 = i K / (s (K - 1))`
+    and :math:`\gamma = i / r`.
     """
 
     @staticmethod
     def forward(ctx, weight, eps):
         rows = _memory_rows(weight)
-        count = rows.shape[1]
-        result, mean, inverse = torch.native_layer_norm(
-            rows, (count,), None, None, _TINY
+        filters, count = rows.shape
+        result, mean, inverse = torch.native_group_norm(
+            rows[None], None, None, 1, filters, count, filters, _TINY
         )
         factor = (inverse * eps).add_((count / (count - 1)) ** 0.5)
-        result *= factor.reciprocal()
+        result *= factor.reciprocal()[..., None]
         ctx.save_for_backward(weight, mean, inverse, factor)
         ctx.eps = eps
         return _unflatten(result, weight)
@@ -106,17 +108,18 @@ class _StandardizeWeight(torch.autograd.Function):
         count = rows.shape[1]
         # i = inverse / factor, s = sqrt(count / (count - 1)) / inverse
         ratio = (count / (count - 1)) ** 0.25 * factor.rsqrt()
-        result, _, _ = torch.ops.aten.native_layer_norm_backward(
-            _memory_rows(grad, like=weight),
-            rows,
-            (count,),
-            mean,
-            inverse * ratio,
-            None,
-            None,
-            [True, False, False],
+        result, _, _ = torch.ops.aten.native_batch_norm_backward(
+            _memory_rows(grad, like=weight)[None],
+            rows[None],
+            weight=(ratio * factor).reciprocal_()[0],
+            running_mean=None,
+            running_var=None,
+            save_mean=mean[0],
+            save_invstd=(inverse * ratio)[0],
+            train=True,
+            eps=0.0,
+            output_mask=[True, False, False],
         )
-        result *= (ratio * factor).reciprocal_()
         return _unflatten(result, weight), None
 
 
@@ -128,10 +131,15 @@ def _layout(weight: Tensor) -> Tuple[int, ...]:
 
 def _memory_rows(weight: Tensor, like: Optional[Tensor] = None) -> Tensor:
     """:func:`_rows` in the order of memory: a view in any layout."""
-    return _rows(weight.permute(_layout(weight if like is None else like)))
+    like = weight if like is None else like
+    if like.is_contiguous():
+        return _rows(weight)
+    return _rows(weight.permute(_layout(like)))
 
 
 def _unflatten(rows: Tensor, weight: Tensor) -> Tensor:
+    if weight.is_contiguous():
+        return rows.view(weight.shape).to(weight.dtype)
     order = _layout(weight)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     rows = rows.view([weight.shape[d] for d in order]).permute(inverse)
