@@ -110,6 +110,19 @@ def test_use_is_undone():
     assert kernels.select(x) is kernels.cpu
 
 
+@pytest.mark.parametrize('mean', [0, 1, 5, 30, 1e3])
+def test_moments_of_many_positions(mean):
+    """Whichever way the CPU takes for a mean that far from zero."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 200, 304) * torch.tensor([1, 2, 3]).view(3, 1, 1)
+    x += mean
+    wide_mean, wide_var = kernels.plain.moments(x.double())
+    got_mean, got_var = kernels.cpu.moments(x)
+    std = wide_var.sqrt()
+    assert ((got_mean - wide_mean).abs() < 2e-6 * (std + mean)).all()
+    assert ((got_var - wide_var).abs() < 2e-5 * wide_var).all()
+
+
 def test_pieces_cover_activations_larger_than_one(monkeypatch):
     monkeypatch.setattr(kernels.cpu, '_PIECE', 16)
     kernel_parity.run('cpu', 'cpu', examples=60)

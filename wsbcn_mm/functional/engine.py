@@ -106,12 +106,14 @@ def _definition(
     return kernels.plain.affine(x, mean, scale, shift)
 
 
-def _vjp(coefficients: Coefficients, *inputs: Tensor):
+def _vjp(
+    coefficients: Coefficients, mean: Tensor, var: Tensor, *parameters: Tensor
+):
     """What a gradient in closed form would give, by autograd."""
     with torch.enable_grad():
-        inputs = [
-            t.detach().requires_grad_(i < 2 or t.requires_grad)
-            for i, t in enumerate(inputs)
+        inputs = [t.detach().requires_grad_() for t in (mean, var)]
+        inputs += [
+            p.detach().requires_grad_(p.requires_grad) for p in parameters
         ]
         scale, shift = coefficients(*inputs)
 

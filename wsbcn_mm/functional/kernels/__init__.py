@@ -10,8 +10,9 @@ has shape (N, C, *), the small tensors have shape (N, C) and the dtype that
 - ``input_grad(grad, x, center, scale, slope, offset, near) ->
   grad * scale + (x - center) * slope + offset``
 
-The last two are told if the centers are :func:`near` zero, in units of what
-the scale makes 1: a product may come before the subtraction then.
+``affine`` and ``input_grad`` are told whether the centers are :func:`near`
+zero, in units of what the scale makes 1: if so, a product may come before the
+subtraction.
 
 There are ``plain`` (the definition), ``cpu``, and for CUDA ``cuda`` (the
 kernels in PyTorch) and ``fused`` (our own in Triton).

@@ -37,13 +37,13 @@ def near(center: Tensor, scale: Tensor) -> bool:
     return farthest.item() <= _FAR
 
 
-def _is_far(squared: Tensor, var: Tensor, deviations: float) -> bool:
+def _is_far(mean: Tensor, var: Tensor, deviations: float) -> bool:
     """Whether any mean is farther from zero than some standard deviations.
 
     Squares that are not taken about the mean lose as many digits as the
     square of that number has.
     """
-    excess = torch.sub(squared, var, alpha=deviations**2)
+    excess = torch.sub(mean.square(), var, alpha=deviations**2)
     return not excess.max().item() <= 0
 
 
@@ -52,20 +52,19 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     rows = _rows(x)
     length = rows.shape[1]
     dtype = statistics_dtype(x.dtype)
-    if x.is_contiguous():
+    if x.is_contiguous():  # one sweep for both, if that is exact enough
         total, squares = _sums(x, x, rows.new_zeros(x.shape[:2], dtype=dtype))
-        mean, squares = total.div_(length), squares.div_(length)
-        squared = mean.square()
-        var = squares.sub_(squared)
-        if not _is_far(squared, var, 2):
-            return mean.view(x.shape[:2]), var.view(x.shape[:2])
+        mean = total.div_(length).view(x.shape[:2])
+        var = squares.div_(length).view_as(mean).sub_(mean.square())
+        if not _is_far(mean, var, 2):
+            return mean, var
+    # Of many positions this sum is more exact than the one above.
+    mean = rows.sum(1, keepdim=True, dtype=dtype) / length
+    if x.is_contiguous():
         _, squares = _sums(x, x, mean)
-        var = squares.div_(length)
-        if not _is_far(squared, var, _FAR):
+        var = squares.div_(length).view_as(mean)
+        if not _is_far(mean, var, _FAR):
             return mean.view(x.shape[:2]), var.view(x.shape[:2])
-        mean = mean.view(-1, 1, 1)
-    else:
-        mean = rows.sum(1, keepdim=True, dtype=dtype) / length
     var = torch.zeros_like(mean)
     for piece, m, v, buffer in _pieces(rows, mean, var):
         torch.sub(_converted(piece, buffer), m, out=buffer)

@@ -1,0 +1,18 @@
+# Which trainings collapse at high learning rates, at 32 images?
+task = 'classification'
+common = dict(steps=300, batch_size=32, num_groups=8, variation=0.5, images=32)
+blocks = [
+    dict(
+        method=['BN', 'BN+WS', 'GN+WS', 'BCN+WS', 'BCN-large+WS'],
+        lr=[0.1, 0.3, 0.6],
+    ),
+]
+seeds = [0, 1, 2]
+
+report = dict(
+    metric='accuracy',
+    metric_name='accuracy (%)',
+    rows='method',
+    columns='lr',
+    columns_name='learning rate',
+)
