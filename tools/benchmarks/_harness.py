@@ -78,7 +78,7 @@ def begin(args: argparse.Namespace) -> None:
             'error: --clock cpu counts the time of all threads, and none of '
             'a GPU: it needs --device cpu --threads 1'
         )
-    if args.device == 'cpu':
+    if args.device == 'cpu' and not args.small:
         _keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
