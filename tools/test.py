@@ -13,6 +13,7 @@ from wsbcn_mm.engine.command_line import (
     build_runner,
     check_checkpoint,
     check_datasets,
+    check_testable,
     load_config,
     run,
 )
@@ -105,6 +106,7 @@ def main():
         raise UsageError(f'--out must end with .pkl, got {args.out!r}')
     cfg = load_config(args)
     check_checkpoint(args.checkpoint)
+    check_testable(cfg)
     check_datasets(cfg, 'test_dataloader')
     cfg.load_from = args.checkpoint
     cfg.resume = False

@@ -7,6 +7,7 @@ from wsbcn_mm.engine.command_line import (
     UsageError,
     add_common_arguments,
     build_runner,
+    check_amp,
     check_checkpoint,
     check_datasets,
     load_config,
@@ -42,6 +43,7 @@ def main():
     args = parse_args()
     cfg = load_config(args)
     if args.amp:
+        check_amp()
         kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
         if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise UsageError(

@@ -53,10 +53,11 @@ val_dataloader = dict(
     ),
 )
 val_evaluator = dict(type='Accuracy', topk=(1,))
+test_dataloader, test_evaluator = val_dataloader, val_evaluator
 
 max_epochs = 4
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=max_epochs)
-val_cfg = dict()
+val_cfg = test_cfg = dict()
 optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10),

@@ -12,8 +12,10 @@ from mmengine.config import Config, ConfigDict
 from wsbcn_mm.engine import command_line
 from wsbcn_mm.engine.command_line import (
     UsageError,
+    check_amp,
     check_checkpoint,
     check_datasets,
+    check_testable,
     load_config,
 )
 
@@ -126,6 +128,23 @@ def test_what_cannot_be_checked_is_left_to_the_runner():
     ):
         cfg = ConfigDict(train_dataloader=ConfigDict(dataset=dataset))
         check_datasets(cfg, 'train_dataloader')
+
+
+def test_a_config_without_a_test_set_says_what_to_add():
+    cfg = Config(dict(test_dataloader=dict(), val_dataloader=dict()))
+    with pytest.raises(UsageError, match='no test_cfg, test_evaluator') as e:
+        check_testable(cfg)
+    assert 'test_cfg = val_cfg' in str(e.value)
+    cfg.test_cfg = cfg.test_evaluator = dict()
+    check_testable(cfg)
+
+
+def test_amp_without_an_accelerator(monkeypatch):
+    monkeypatch.setattr(command_line, 'get_device', lambda: 'cpu')
+    with pytest.raises(UsageError, match="'cpu'"):
+        check_amp()
+    monkeypatch.setattr(command_line, 'get_device', lambda: 'cuda')
+    check_amp()
 
 
 def test_missing_checkpoint_lists_those_there(tmp_path):

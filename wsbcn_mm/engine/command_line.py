@@ -12,6 +12,7 @@ from typing import Iterator, Tuple
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.registry import DATASETS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
@@ -90,6 +91,27 @@ def build_runner(cfg: Config) -> Runner:
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
+
+
+def check_amp() -> None:
+    """Raise UsageError where MMEngine has no mixed precision."""
+    if get_device() in ('cpu', 'mps'):
+        raise UsageError(
+            '--amp: MMEngine has mixed precision for accelerators, and sees '
+            f'none here (its device is {get_device()!r}). Leave --amp out.'
+        )
+
+
+def check_testable(cfg: Config) -> None:
+    """Raise UsageError if the config does not say what to test on."""
+    needed = ('test_dataloader', 'test_cfg', 'test_evaluator')
+    missing = [name for name in needed if cfg.get(name) is None]
+    if missing:
+        raise UsageError(
+            f'the config has no {", ".join(missing)}, so there is nothing to '
+            'test on. To test as it validates, add a line for each, such as '
+            f'{missing[0]} = val_{missing[0].partition("_")[2]}'
+        )
 
 
 def check_datasets(cfg: Config, *loaders: str) -> None:
