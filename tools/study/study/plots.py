@@ -22,7 +22,7 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
     """
     cells = by_cell(results, rows, report['columns'])
     columns = sorted({c for row in cells.values() for c in row})
-    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    figure, axes = plt.subplots(figsize=(8, 4.4))
     error = report.get('error', False)
     means = []
     for i, (row, found) in enumerate(cells.items()):
@@ -69,7 +69,8 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
         axes.set_ylim(0.7 * min(means), 1.4 * max(means))
     axes.set_xlabel(report['columns_name'])
     axes.grid(alpha=0.3, which='both')
-    axes.legend(fontsize=8)
+    # Beside the axes, where it hides nothing.
+    axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 
