@@ -7,6 +7,7 @@ check_requirements()
 
 from . import functional  # noqa: E402
 from .convert import convert_to_micro_batch  # noqa: E402
+from .converted_model import converted_model as _converted_model  # noqa: E402, F401
 from .deploy import fold_for_inference  # noqa: E402
 from .engine import (  # noqa: E402
     SyncEstimatesHook,

@@ -523,8 +523,8 @@ python tools/analysis_tools/sweep_zoo.py work_dirs/zoo.json \\
 
 MEANINGS = {
     'works': 'no BN left, everything finite, WS only before a normalization',
-    'converted': 'the same, but a class has BN that no config reaches: after '
-    '`convert_to_micro_batch(model)` on the built model',
+    'converted': 'the same, but a class has BN that no config reaches: with '
+    '`micro_batch_model(..., convert=True)`, which converts the built model',
     'no BN': 'had none: LayerNorm and GN stay as they are',
     'partly': 'trains, but something is left: the note says what',
     'WS misplaced': 'a standardized output that nothing normalizes',

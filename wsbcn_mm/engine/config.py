@@ -111,6 +111,7 @@ def micro_batch_model(
     images_per_gpu: int = 1,
     images_per_update: int = 16,
     pretrained: Union[bool, str, None] = None,
+    convert: bool = False,
 ) -> ConfigDict:
     """Make a model config train with one or two images per GPU.
 
@@ -155,6 +156,10 @@ def micro_batch_model(
             with a warning. A string: the backbone starts from this
             checkpoint. False: everything starts from scratch. True: all stay
             as they are. Default: None
+        convert (bool): Whether to convert, once the model is built, the Batch
+            Normalization that no config reaches because a class has it built
+            in (``configs/ZOO.md`` lists such classes). The result's type is
+            ``ConvertedModel`` then, around the model config. Default: False
 
     Returns:
         ConfigDict: The new model config. A BCN that starts from a GN
@@ -206,13 +211,14 @@ def micro_batch_model(
         pretrained,
     )
     result = conversion.convert(plain_copy(model_cfg), _scope(model_cfg))
-    if not conversion.norms:
+    if not conversion.norms and not convert:
         raise ValueError(
             f'micro_batch_model: found no normalization to replace in '
             f'type={model_cfg["type"]!r}: neither a norm_cfg of type BN, '
             'SyncBN, GN, IN or BCN in the config, nor a class that has one by '
             'default. Expected the whole model config, such as cfg.model. '
-            'For a network that is not built from a config, use '
+            'Where a class has it built in, add convert=True. For a network '
+            'that is not built from a config, use '
             'wsbcn_mm.convert_to_micro_batch(module)'
         )
     if isinstance(pretrained, str) and not conversion.has_backbone:
@@ -221,6 +227,15 @@ def micro_batch_model(
             f'backbone, but type={model_cfg["type"]!r} has none'
         )
     conversion.keep_function_of_checkpoint()
+    if convert:
+        result = dict(
+            type='ConvertedModel',
+            model=result,
+            norm_cfg=conversion.norm_cfg,
+            conv_cfg=conversion.conv_cfg,
+            images_per_gpu=images_per_gpu,
+            images_per_update=images_per_update,
+        )
     return Replacement(
         {key: ConfigDict._hook(value) for key, value in result.items()}
     )
