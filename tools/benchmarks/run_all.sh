@@ -5,9 +5,9 @@
 #   DEVICE=cpu bash tools/benchmarks/run_all.sh     # about 10 minutes on 2 cores
 #
 # About 10 minutes on a GPU. Layers and convolutions need torch, mmengine and
-# mmcv; the Mask R-CNN steps mmdet and mmcv's ops for the device (see
-# tools/setup_env.sh: WITH_CUDA=1, TORCH_CUDA_ARCH_LIST) and are left out, and
-# said to be, where one is missing.
+# mmcv; Mask R-CNN steps and the folded model also mmdet and mmcv's ops for the
+# device (see tools/setup_env.sh: WITH_CUDA=1, TORCH_CUDA_ARCH_LIST) and are
+# left out, and said to be, where one is missing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -45,8 +45,11 @@ EOF
     [ "$device" = cuda ] &&
         step mask_rcnn_step_amp "$python" tools/benchmarks/mask_rcnn_step.py \
             --device "$device" --out "$out" --amp
+    step folded_model "$python" tools/benchmarks/folded_model.py \
+        --device "$device" --out "$out"
 else
-    echo "== mask_rcnn_step left out: no mmdet, or no mmcv ops, for $device"
+    echo "== mask_rcnn_step, folded_model left out: no mmdet, or no mmcv ops," \
+        "for $device"
 fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]} (see the logs in $out)"
