@@ -21,6 +21,14 @@ def definition(weight, eps=1e-5):
     return (centered / (wide.std(1, keepdim=True) + eps)).view_as(weight)
 
 
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs a CUDA GPU: none here'
+)
+
+
+@pytest.mark.parametrize(
+    'device', ['cpu', pytest.param('cuda', marks=needs_cuda)]
+)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.tuples(*[st.integers(1, 5)] * 4).filter(
@@ -30,14 +38,15 @@ def definition(weight, eps=1e-5):
     st.booleans(),
     st.sampled_from([(0.0, 1.0), (0.0, 1e-3), (100.0, 0.1)]),
 )
-def test_parity_with_the_definition(shape, dtype, channels_last, size):
+def test_parity_with_the_definition(device, shape, dtype, channels_last, size):
     mean, std = size
-    weight = (torch.randn(shape, dtype=torch.float64) * std + mean).to(dtype)
+    weight = torch.randn(shape, dtype=torch.float64, device=device)
+    weight = (weight * std + mean).to(dtype)
     if channels_last:
         weight = weight.contiguous(memory_format=torch.channels_last)
     weight.requires_grad_()
     wide = weight.detach().double().requires_grad_()
-    grad = torch.randn(shape).to(dtype)
+    grad = torch.randn(shape, device=device).to(dtype)
     result, expected = standardize_weight(weight), definition(wide)
     result.backward(grad)
     expected.backward(grad.double())

@@ -488,3 +488,36 @@ def test_bad_inputs(x, error, words):
         BCN(8)(x)
     for word in ['BCN(8)', *words]:
         assert word in str(info.value)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs a CUDA GPU: none here'
+)
+@pytest.mark.parametrize('layout', ['contiguous_format', 'channels_last'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('estimate', [True, False])
+def test_cuda_is_the_definition(estimate, dtype, layout):
+    wide = BCN(48, 8, momentum=0.3, estimate=estimate).double()
+    norm = copy.deepcopy(wide).float().cuda()
+    x, grad = torch.randn(2, 2, 48, 37, 41, dtype=torch.float64).to(dtype)
+    x = x * 2 + 1
+    results = []
+    for layer, device in ((wide, 'cpu'), (norm, 'cuda')):
+        kind = torch.float64 if device == 'cpu' else dtype
+        given, out = (
+            t.to(device, kind).contiguous(memory_format=getattr(torch, layout))
+            for t in (x, grad)
+        )
+        given.requires_grad_()
+        for _ in range(2):
+            y = layer(given)
+        y.backward(out)
+        results.append(
+            [y, given.grad, *(p.grad for p in layer.parameters())]
+            + list(layer.buffers())
+        )
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for expected, got in zip(*results):
+        size = expected.abs().max() + 1e-6
+        error = (got.double().cpu() - expected).abs().max() / size
+        assert error < tolerance, error

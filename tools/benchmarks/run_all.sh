@@ -25,7 +25,8 @@ step() { # a name for the log, then a command
     tail -n 30 "$out/$name.log"
 }
 
-step parity "$python" -m pytest -rs tests/test_functional/test_kernels.py
+step parity "$python" -m pytest -rs -k "cuda or parity" tests/test_functional \
+    tests/test_layers
 step norm_layers "$python" tools/benchmarks/norm_layers.py \
     --device "$device" --out "$out"
 step conv_ws "$python" tools/benchmarks/conv_ws.py --device "$device" \
