@@ -490,6 +490,16 @@ def test_bad_inputs(x, error, words):
         assert word in str(info.value)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_normalizes_with_the_estimates_that_the_buffers_hold(dtype):
+    """Activation checkpointing, which has only those, does it again."""
+    norm = BCN(8, 4, momentum=0.3).to(dtype)
+    x = torch.randn(2, 8, 5, 5, dtype=dtype) * 3 + 1
+    y = norm(x)
+    norm.batch_statistics.eval()
+    assert torch.equal(norm(x), y)
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason='needs a CUDA GPU: none here'
 )

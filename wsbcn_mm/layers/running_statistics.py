@@ -70,4 +70,6 @@ class RunningStatistics:
             estimates = tuple(snapshot(t) for t in estimates)
         self.running_mean.copy_(estimates[0])
         self.running_var.copy_(estimates[1])
+        if self.running_mean.dtype != mean.dtype:  # as they were rounded
+            return self._estimates(mean.dtype)
         return estimates
