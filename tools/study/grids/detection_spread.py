@@ -13,7 +13,7 @@ blocks = [
 ]
 seeds = [0, 1, 2]
 tune = dict(
-    lr=[1e-3, 3e-3],
+    lr=[3e-4, 1e-3, 3e-3],
     seeds=[100],
     at=dict(spread={0.0: 0.5, 1.0: 0.5}),
 )
