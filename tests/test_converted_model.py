@@ -73,4 +73,4 @@ def test_the_data_preprocessor_of_the_config_reaches_the_model(cfg, tmp_path):
     assert model.data_preprocessor.mean.flatten().tolist() == [1, 2, 3]
     assert not batch_norms(model)
     with torch.no_grad():
-        assert model.eval()(torch.randn(1, 3, 64, 64)).__len__() == 1
+        assert len(model.eval()(torch.randn(1, 3, 64, 64))) == 1

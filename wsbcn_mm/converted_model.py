@@ -14,8 +14,6 @@ def converted_model(
     model: dict,
     norm_cfg: Optional[dict] = None,
     conv_cfg: Optional[dict] = None,
-    images_per_gpu: int = 1,
-    images_per_update: int = 16,
     data_preprocessor: Optional[dict] = None,
 ) -> nn.Module:
     """Build a model, then :func:`convert_to_micro_batch` it.
@@ -25,7 +23,7 @@ def converted_model(
 
     Args:
         model (dict): The model config.
-        norm_cfg, conv_cfg, images_per_gpu, images_per_update: Those of
+        norm_cfg, conv_cfg (dict | None): Those of
             :func:`convert_to_micro_batch`.
         data_preprocessor (dict | None): MMEngine puts that of the whole
             config here, for a model that has none of its own.
@@ -39,8 +37,6 @@ def converted_model(
         MODELS.build(model),
         norm_cfg,
         conv_cfg,
-        images_per_gpu,
-        images_per_update,
         return_report=True,
     )
     print_log(f'Converted after building:\n{report}', logger='current')

@@ -233,8 +233,6 @@ def micro_batch_model(
             model=result,
             norm_cfg=conversion.norm_cfg,
             conv_cfg=conversion.conv_cfg,
-            images_per_gpu=images_per_gpu,
-            images_per_update=images_per_update,
         )
     return Replacement(
         {key: ConfigDict._hook(value) for key, value in result.items()}
@@ -301,8 +299,8 @@ class _Conversion:
         if family(component) & FIXED_NORMALIZATIONS:
             _warn(
                 f'{class_name(cfg["type"])} builds normalizations that no '
-                'config reaches. Convert them in the built model: '
-                'wsbcn_mm.convert_to_micro_batch(model)'
+                'config reaches. Only the built model can be converted: by '
+                'convert=True here, or wsbcn_mm.convert_to_micro_batch(model)'
             )
         parameters = constructor_parameters(component)
         norms.update(

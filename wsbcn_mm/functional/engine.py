@@ -93,9 +93,7 @@ def normalize(
     ):
         return _Normalize.apply(x, mean, var, coefficients, *parameters)
     scale, shift = coefficients(mean, var, *parameters)
-    return kernels.select(x).affine(
-        x, mean, scale, shift, near=kernels.near(mean, scale)
-    )
+    return kernels.select(x).affine(x, mean, scale, shift)
 
 
 def _definition(
@@ -144,8 +142,7 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, *parameters)
         ctx.coefficients = coefficients
         ctx.mean, ctx.scale = mean, scale
-        ctx.near = kernels.near(mean, scale)
-        return kernels.select(x).affine(x, mean, scale, shift, near=ctx.near)
+        return kernels.select(x).affine(x, mean, scale, shift)
 
     @staticmethod
     def backward(ctx, grad):
@@ -173,7 +170,6 @@ class _Normalize(torch.autograd.Function):
                 scale,
                 grad_var * (2 / length),
                 offset / length,
-                near=ctx.near,
             )
         return grad_x, None, None, None, *grad_parameters
 

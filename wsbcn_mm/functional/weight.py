@@ -51,7 +51,7 @@ def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def _definition(weight: Tensor, eps: float) -> Tensor:
-    rows = _rows(weight)
+    rows = filter_rows(weight)
     centered = rows - rows.mean(1, keepdim=True)
     var = centered.square().sum(1, keepdim=True) / (rows.shape[1] - 1)
     # The square root has no gradient at 0: a constant filter takes none.
@@ -130,11 +130,11 @@ def _layout(weight: Tensor) -> Tuple[int, ...]:
 
 
 def _memory_rows(weight: Tensor, like: Optional[Tensor] = None) -> Tensor:
-    """:func:`_rows` in the order of memory: a view in any layout."""
+    """:func:`filter_rows` in the order of memory: a view in any layout."""
     like = weight if like is None else like
     if like.is_contiguous():
-        return _rows(weight)
-    return _rows(weight.permute(_layout(like)))
+        return filter_rows(weight)
+    return filter_rows(weight.permute(_layout(like)))
 
 
 def _unflatten(rows: Tensor, weight: Tensor) -> Tensor:
@@ -146,6 +146,6 @@ def _unflatten(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.to(weight.dtype)
 
 
-def _rows(weight: Tensor) -> Tensor:
+def filter_rows(weight: Tensor) -> Tensor:
     """One filter a row, in the dtype of statistics."""
     return weight.flatten(1).to(kernels.statistics_dtype(weight.dtype))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import kernels
+from .weight import filter_rows
 
 
 def centralize_weight(weight: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def centralize_weight(weight: Tensor) -> Tensor:
         >>> bool(weight.flatten(1).mean(1).abs().max() < 1e-6)
         True
     """
-    centered = _rows(weight)
+    centered = filter_rows(weight)
     centered = centered - centered.mean(1, keepdim=True)
     return centered.view(weight.shape).to(weight.dtype)
 
@@ -60,14 +60,9 @@ def normalize_weight(
         >>> bool(weight.flatten(1).norm(dim=1).sub(1).abs().max() < 1e-6)
         True
     """
-    rows = _rows(weight)
+    rows = filter_rows(weight)
     if centered:
         rows = rows - rows.mean(1, keepdim=True)
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     scale = gain.to(rows.dtype).view(-1, 1) / norm.clamp(min=eps)
     return (rows * scale).view(weight.shape).to(weight.dtype)
-
-
-def _rows(weight: Tensor) -> Tensor:
-    """One filter a row, in the dtype of statistics."""
-    return weight.flatten(1).to(kernels.statistics_dtype(weight.dtype))

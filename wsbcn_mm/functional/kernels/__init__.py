@@ -5,14 +5,10 @@ has shape (N, C, *), the small tensors have shape (N, C) and the dtype that
 :func:`statistics_dtype` gives:
 
 - ``moments(x) -> mean, var``
-- ``affine(x, center, scale, shift, near) -> (x - center) * scale + shift``
+- ``affine(x, center, scale, shift) -> (x - center) * scale + shift``
 - ``reduce(grad, x, center) -> sum(grad), sum(grad * (x - center))``
-- ``input_grad(grad, x, center, scale, slope, offset, near) ->
+- ``input_grad(grad, x, center, scale, slope, offset) ->
   grad * scale + (x - center) * slope + offset``
-
-``affine`` and ``input_grad`` are told whether the centers are :func:`near`
-zero, in units of what the scale makes 1: if so, a product may come before the
-subtraction.
 
 There are ``plain`` (the definition), ``cpu``, and for CUDA ``cuda`` (the
 kernels in PyTorch) and ``fused`` (our own in Triton).
@@ -25,10 +21,9 @@ import torch
 
 from ..transforms import is_transformed
 from . import cpu, cuda, plain
-from .cpu import near
 from .plain import statistics_dtype
 
-__all__ = ['cpu', 'cuda', 'near', 'plain', 'select', 'statistics_dtype', 'use']
+__all__ = ['cpu', 'cuda', 'plain', 'select', 'statistics_dtype', 'use']
 
 _BACKENDS = {
     'cpu': cpu,

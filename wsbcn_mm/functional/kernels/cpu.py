@@ -25,14 +25,11 @@ _PIECE = 1 << 20  # elements: two or three such pieces fit the cache
 _FAR = 8
 
 
-def near(center: Tensor, scale: Tensor) -> bool:
+def _near(center: Tensor, scale: Tensor) -> bool:
     """Whether every ``center * scale`` is a small number.
 
-    Then so are its rounding errors, whatever it is subtracted from. Not asked
-    of an accelerator, which would have to be waited for.
+    Then so are its rounding errors, whatever it is subtracted from.
     """
-    if center.device.type != 'cpu' or center.numel() == 0:
-        return False
     farthest = torch.linalg.vector_norm(center * scale, float('inf'))
     return farthest.item() <= _FAR
 
@@ -72,15 +69,9 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean.view(x.shape[:2]), var.div_(length).view(x.shape[:2])
 
 
-def affine(
-    x: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    near: bool = False,
-) -> Tensor:
+def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     x = dense(x)
-    if near and x.is_contiguous():
+    if x.is_contiguous() and _near(center, scale):
         return _affine_in_one_sweep(x, center, scale, shift)
     result = torch.empty_like(x)
     for piece, y, c, s, t, buffer in _pieces(
@@ -115,11 +106,10 @@ def input_grad(
     scale: Tensor,
     slope: Tensor,
     offset: Tensor,
-    near: bool = False,
 ) -> Tensor:
     x = dense(x)
     grad = grad.contiguous(memory_format=memory_format(x))
-    if near and x.is_contiguous() and x.dtype == center.dtype:
+    if x.is_contiguous() and x.dtype == center.dtype and _near(center, scale):
         result = _affine_in_one_sweep(x, center, slope, offset)
         # An expanded scale is not contiguous, which _rows would follow.
         _rows(result).addcmul_(_rows(grad), scale.reshape(-1, 1, 1))

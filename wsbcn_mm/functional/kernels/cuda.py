@@ -22,13 +22,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean.view(x.shape[:2]), var.view(x.shape[:2])
 
 
-def affine(
-    x: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    near: bool = False,
-) -> Tensor:
+def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     y = torch.batch_norm_elemt(
         _rows(x),
         scale.flatten(),
@@ -61,7 +55,6 @@ def input_grad(
     scale: Tensor,
     slope: Tensor,
     offset: Tensor,
-    near: bool = False,
 ) -> Tensor:
     # (grad - total / count - (x - center) * product / count) * scale
     divisor = torch.where(scale.abs() < _TINY, _TINY, scale)

@@ -39,13 +39,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean.view(x.shape[:2]), var.view(x.shape[:2])
 
 
-def affine(
-    x: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    near: bool = False,
-) -> Tensor:
+def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     x = dense(x)
     result = torch.empty_like(x)
     small = (t.contiguous() for t in (center, scale, shift))
@@ -71,7 +65,6 @@ def input_grad(
     scale: Tensor,
     slope: Tensor,
     offset: Tensor,
-    near: bool = False,
 ) -> Tensor:
     x = dense(x)
     grad = grad.contiguous(memory_format=memory_format(x))

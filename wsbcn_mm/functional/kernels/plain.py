@@ -33,13 +33,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean, var
 
 
-def affine(
-    x: Tensor,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    near: bool = False,
-) -> Tensor:
+def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     y = _statistics(x) - _expand(center, x)
     return torch.addcmul(_expand(shift, x), y, _expand(scale, x)).to(x.dtype)
 
@@ -57,7 +51,6 @@ def input_grad(
     scale: Tensor,
     slope: Tensor,
     offset: Tensor,
-    near: bool = False,
 ) -> Tensor:
     result = torch.addcmul(
         _expand(offset, x), _statistics(grad), _expand(scale, x)
