@@ -7,4 +7,3 @@ from wsbcn_mm import micro_batch_model
 model = micro_batch_model(
     _base_.model, norm_cfg=dict(type='BCN', num_groups=4, momentum=0.01)
 )
-model.roi_head.bbox_head.conv_out_channels = 48

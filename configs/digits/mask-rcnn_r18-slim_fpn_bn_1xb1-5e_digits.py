@@ -23,7 +23,12 @@ model = dict(
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=48),
-        bbox_head=dict(in_channels=48, fc_out_channels=256, num_classes=10),
+        bbox_head=dict(
+            in_channels=48,
+            conv_out_channels=48,  # of no use before micro_batch_model
+            fc_out_channels=256,
+            num_classes=10,
+        ),
         mask_roi_extractor=dict(out_channels=48),
         mask_head=dict(in_channels=48, conv_out_channels=48, num_classes=10),
     ),

@@ -7,4 +7,3 @@ model = micro_batch_model(
     _base_.model,
     norm_cfg=dict(type='GN', num_groups=4),
 )
-model.roi_head.bbox_head.conv_out_channels = 48

@@ -8,4 +8,3 @@ model = micro_batch_model(
     norm_cfg=dict(type='GN', num_groups=4),
     conv_cfg=dict(type='Conv2d'),
 )
-model.roi_head.bbox_head.conv_out_channels = 48

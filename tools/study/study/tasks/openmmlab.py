@@ -79,10 +79,6 @@ def build_config(settings: dict, work_dir: str) -> Config:
         images_per_update=batch_size,
         pretrained=False,
     )
-    if 'roi_head' in cfg.model:  # its convolutions are as wide as the FPN
-        cfg.model.roi_head.bbox_head.conv_out_channels = (
-            cfg.model.neck.out_channels
-        )
     root = data_root(settings)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.data_root = root
