@@ -166,7 +166,7 @@ def test_norm_cfg():
 
     assert norm() == NORM
     assert norm(images_per_gpu=2)['momentum'] == pytest.approx(0.1 / 8)
-    assert norm(images_per_update=8)['momentum'] == pytest.approx(0.1 / 8)
+    assert norm(images_per_update=64)['momentum'] == pytest.approx(0.1 / 64)
     given = dict(type='BCN', momentum=0.5)
     assert norm(norm_cfg=given) == given
     given = dict(type='GN', num_groups=32)

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from mmcv.cnn import build_conv_layer, build_norm_layer
+from mmengine.registry import MODELS
 from torch import nn
 
 import wsbcn_mm  # noqa: F401
@@ -243,7 +244,7 @@ def test_grid_file_errors_name_the_problem(tmp_path):
 def test_method_errors_list_the_methods():
     from study.methods import method_cfg
 
-    with pytest.raises(ValueError, match="'XN\\+WS'.*BN, GN, BCN"):
+    with pytest.raises(ValueError, match="'XN\\+WS'.*BN, .*GN, BCN"):
         method_cfg('XN+WS', images=1, batch_size=32)
 
 
@@ -437,6 +438,23 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
     segmentation, metric = record('segmentation', 'BCN+WS')
     assert 'error' not in segmentation, segmentation['traceback']
     assert 0 <= segmentation['result'][metric] <= 100
+    for method in ('BN-frozen', 'GN+WN'):
+        cell = dict(MINIATURE, method=method, pretrained=True)
+        openmmlab.prepare([cell])
+        grid = Grid(osp.join(STUDY, 'grids', 'detection_pretrained.py'))
+        cell = {**grid.cells[0], **cell}
+        found = run_cell(cell, str(tmp_path / 'cells'))
+        assert 'error' not in found, found['traceback']
+        start = torch.load(
+            openmmlab.classifier({**openmmlab.DEFAULTS, **cell})
+        )
+        backbone = start['state_dict']['backbone.conv1.weight']
+        cfg = openmmlab.build_config({**openmmlab.DEFAULTS, **cell}, 'work')
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+        assert torch.equal(model.backbone.conv1.weight, backbone)
+        assert model.backbone.norm_eval == (method == 'BN-frozen')
+        assert model.with_mask
     # BN cannot run at one image, which is a row of the table.
     failed, _ = record('segmentation', 'BN')
     assert 'Expected more than 1 value per channel' in failed['error']

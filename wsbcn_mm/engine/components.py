@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..layers import BCN
-from .update_rate import update_rate
+from .update_rate import LEAST_IMAGES, update_rate
 
 
 def registered(kind: Any, scope: Optional[str] = None) -> Optional[type]:
@@ -96,6 +96,9 @@ def with_rate(
     if issubclass(kind, BCN):
         norm_cfg.setdefault('momentum', rate)
     if 'simulated_batch_size' in constructor_parameters(kind):
-        norm_cfg.setdefault('batch_size', images_per_gpu)
-        norm_cfg.setdefault('simulated_batch_size', images_per_update)
+        batch_size = norm_cfg.setdefault('batch_size', images_per_gpu)
+        least = -(-LEAST_IMAGES // batch_size) * batch_size
+        norm_cfg.setdefault(
+            'simulated_batch_size', max(images_per_update, least)
+        )
     return norm_cfg

@@ -7,10 +7,14 @@ a plain convolution and a BatchNorm, which holds the batch affine. So a BCN
 becomes ``conv_cfg=dict(type='ConvModule', norm_cfg=dict(type='BN'))`` and
 ``norm_cfg=dict(type='GN')``: stock layers throughout. mmcv's ``fuse_conv_bn``
 then makes of it what :func:`wsbcn_mm.fold_for_inference` makes.
+
+Some components cannot be told so: the separable convolutions of DeepLabV3+
+take no ``conv_cfg``. Their norm_cfg is :data:`NORM_OF_CONFIG`, a few lines of
+plain PyTorch that the written config carries itself.
 """
 
 import copy
-from typing import Any, Dict
+from typing import Any, Collection, Dict, List, Optional, Tuple
 
 import torch
 from mmcv.cnn import ConvModule
@@ -28,20 +32,65 @@ BATCH_TYPES = ('MABN', 'BGN')
 CONV_TYPES = ('ConvWS', 'ConvWN', 'ConvCWN', 'CenConv')
 
 
+# What a BCN is at inference, for the head of a config.
+NORM_OF_CONFIG = '''\
+# The copies that mmengine makes of a config, as in work_dirs, lack the class
+# below: load this file, not one of them.
+_base_ = []  # says to mmengine that types are text here, not lazy objects
+
+from mmengine import registry
+from torch import nn
+
+
+@registry.MODELS.register_module(force=True)
+class BatchGroupNorm(nn.Sequential):
+    """A BatchNorm, as it is at inference, and a GroupNorm."""
+
+    _abbr_ = 'gn'
+
+    def __init__(self, num_features, num_groups, eps=1e-5):
+        fitting = [
+            n for n in range(1, num_groups + 1) if num_features % n == 0
+        ]
+        super().__init__(
+            nn.BatchNorm2d(num_features, eps),
+            nn.GroupNorm(fitting[-1], num_features, eps),
+        )
+
+
+del BatchGroupNorm  # of the registry, not of the config
+'''
+
+
 class NotExpressible(ValueError):
-    """A model that no config of stock layers describes."""
+    """A model that no config of stock layers describes.
+
+    Args:
+        message (str): Why.
+        module (str | None): The BCN whose batch affine has no place, if that
+            is why. Default: None
+    """
+
+    def __init__(self, message: str, module: Optional[str] = None):
+        super().__init__(message)
+        self.module = module
 
 
-def stock_model_config(model_cfg: dict) -> ConfigDict:
+def stock_model_config(
+    model_cfg: dict, whole: Collection[str] = ()
+) -> ConfigDict:
     """A model config without our layers, for :func:`stock_state_dict`.
 
     Args:
         model_cfg (dict): A model config. It is not changed.
+        whole (Collection[str]): Components, as ``'decode_head'``, whose BCN
+            stays in one piece, of the class in :data:`NORM_OF_CONFIG`.
+            Default: none
 
     Raises:
         NotExpressible: If something of ours is left in it.
     """
-    cfg = _convert(copy.deepcopy(model_cfg))
+    cfg = _convert(copy.deepcopy(model_cfg), whole)
     left = sorted(_types(cfg) & _our_types())
     if left:
         raise NotExpressible(
@@ -57,9 +106,11 @@ ADVICE = (
 )
 
 
-def _convert(cfg: Any) -> Any:
+def _convert(cfg: Any, whole: Collection[str], path: str = '') -> Any:
     if isinstance(cfg, (list, tuple)):
-        return type(cfg)(_convert(c) for c in cfg)
+        return type(cfg)(
+            _convert(c, whole, _join(path, i)) for i, c in enumerate(cfg)
+        )
     if not isinstance(cfg, dict):
         return cfg
     for key, value in list(cfg.items()):
@@ -68,7 +119,7 @@ def _convert(cfg: Any) -> Any:
         elif key == 'pretrained' and isinstance(value, str):
             cfg[key] = None
         elif not ('norm_cfg' in key and isinstance(value, dict)):
-            cfg[key] = _convert(value)
+            cfg[key] = _convert(value, whole, _join(path, key))
     if _name_of(cfg.get('conv_cfg')) in CONV_TYPES:
         cfg['conv_cfg'] = None
     for key, value in list(cfg.items()):
@@ -76,9 +127,9 @@ def _convert(cfg: Any) -> Any:
             continue
         eps = value.get('eps', 1e-5) if isinstance(value, dict) else None
         if _name_of(value) in BCN_TYPES:
-            groups = value.get('num_groups', 32)
-            cfg[key] = dict(type='GN', num_groups=groups, eps=eps)
-            if key == 'norm_cfg':
+            kind = 'BatchGroupNorm' if path in whole else 'GN'
+            cfg[key] = dict(type=kind, num_groups=_num_groups(value), eps=eps)
+            if key == 'norm_cfg' and path not in whole:
                 cfg['conv_cfg'] = dict(
                     type='ConvModule',
                     norm_cfg=dict(type='BN', eps=eps),
@@ -87,6 +138,38 @@ def _convert(cfg: Any) -> Any:
         elif _name_of(value) in BATCH_TYPES:
             cfg[key] = dict(type='BN', eps=eps)
     return cfg
+
+
+def _join(path: str, key) -> str:
+    return f'{path}.{key}' if path else str(key)
+
+
+def _component(model_cfg: dict, name: str) -> Optional[Tuple[str, dict]]:
+    """The innermost component around a module that names a BCN.
+
+    Returns:
+        tuple[str, dict] | None: Its path, and its config.
+    """
+    cfg, path, found = model_cfg, '', None
+    for part in [*name.split('.'), None]:
+        if isinstance(cfg, dict) and _bcn_cfgs(cfg):
+            found = path, cfg
+        if isinstance(cfg, (list, tuple)) and str(part).isdigit():
+            cfg = cfg[int(part)]
+        elif isinstance(cfg, dict) and part in cfg:
+            cfg = cfg[part]
+        else:
+            break
+        path = _join(path, part)
+    return found
+
+
+def _bcn_cfgs(cfg: dict) -> List[dict]:
+    return [v for v in cfg.values() if _name_of(v) in BCN_TYPES]
+
+
+def _num_groups(norm_cfg: dict) -> int:
+    return norm_cfg.get('num_groups', 32)
 
 
 def _name_of(cfg: Any):
@@ -129,15 +212,10 @@ def stock_state_dict(model: nn.Module, stock: nn.Module) -> Dict[str, Tensor]:
     for name, module in model.named_modules():
         target = _stock_name(model, name)
         if isinstance(module, BCN):
-            new = as_group_norm(module)
-            found = stock.get_submodule(target)
-            if found.num_groups != new.num_groups:
-                raise NotExpressible(
-                    f'{name} has {new.num_groups} groups, others of its '
-                    f'component {found.num_groups}: GN takes one number for '
-                    f'all. {ADVICE}'
-                )
-            _add(state, target, new)
+            if not isinstance(stock.get_submodule(target), nn.GroupNorm):
+                _add(state, f'{target}.0', as_batch_norm(module))
+                target = f'{target}.1'
+            _add(state, target, as_group_norm(module))
         elif isinstance(module, NormBase):
             _add(state, target, as_batch_norm(module))
         elif hasattr(module, 'standardized_weight') or name in affines:
@@ -201,7 +279,9 @@ def _affines_of_convolutions(
     result = {}
     for name, feeding in find_feeding_convolutions(model).items():
         norm = model.get_submodule(name)
-        if not isinstance(norm, BCN):
+        if not isinstance(norm, BCN) or not isinstance(
+            stock.get_submodule(_stock_name(model, name)), nn.GroupNorm
+        ):
             continue
         conv = feeding.convolution
         if not feeding.exclusive or not isinstance(
@@ -210,7 +290,8 @@ def _affines_of_convolutions(
             why = feeding.reason or f'{conv} is always a plain convolution'
             raise NotExpressible(
                 f'the batch affine of {name} has no place in a config of '
-                f'stock layers: {why}. {ADVICE}'
+                f'stock layers: {why}. {ADVICE}',
+                module=name,
             )
         result[conv] = as_batch_norm(norm)
     for name, module in model.named_modules():
@@ -244,13 +325,26 @@ def stock_model(cfg: Config, model: nn.Module):
 
     Returns:
         tuple[Config, nn.Module]: A config that needs nothing of this
-        package, and its model.
+        package, and its model. The file of a config with a
+        ``BatchGroupNorm`` has to begin with :data:`NORM_OF_CONFIG`:
+        :func:`config_text` sees to it.
 
     Raises:
         NotExpressible: If there is none.
     """
     cfg = copy.deepcopy(cfg)
-    cfg.model = stock_model_config(cfg.model)
+    whole = set(_of_several_group_numbers(cfg.model, model))
+    while True:
+        model_cfg = stock_model_config(cfg.model, whole)
+        try:
+            stock = _filled(model_cfg, model)
+            break
+        except NotExpressible as error:
+            found = error.module and _component(cfg.model, error.module)
+            if not found or found[0] in whole:
+                raise
+            whole.add(found[0])
+    cfg.model = model_cfg
     for key in ('custom_imports', 'load_from', 'resume'):
         cfg.pop(key, None)
     ours = _our_types()
@@ -262,17 +356,32 @@ def stock_model(cfg: Config, model: nn.Module):
     for key in list(cfg):  # variables, as norm_cfg, that the model was made of
         if key != 'model' and _types(cfg[key]) & ours:
             cfg.pop(key)
-    try:
-        stock = MODELS.build(cfg.model)
-    except ValueError as error:
-        if 'divisible by num_groups' not in str(error):
-            raise
-        raise NotExpressible(
-            'the number of groups does not divide the channels of every '
-            f'layer, so that they have different ones: GN takes one. {ADVICE}'
-        ) from error
-    stock.load_state_dict(stock_state_dict(model, stock))
     left = [n for n, m in stock.named_modules() if is_ours(m)]
     if left:
         raise NotExpressible(f'{left[0]} is a layer of wsbcn_mm. {ADVICE}')
     return cfg, stock.eval()
+
+
+def _of_several_group_numbers(model_cfg: dict, model: nn.Module):
+    """Components where a BCN took fewer groups; GN has one number for all."""
+    for name, module in model.named_modules():
+        found = isinstance(module, BCN) and _component(model_cfg, name)
+        if found and module.num_groups not in {
+            _num_groups(norm_cfg) for norm_cfg in _bcn_cfgs(found[1])
+        }:
+            yield found[0]
+
+
+def _filled(model_cfg: dict, model: nn.Module) -> nn.Module:
+    """The stock model of a config, with the weights of ``model``."""
+    exec(NORM_OF_CONFIG, {'__name__': 'config'})
+    stock = MODELS.build(model_cfg)
+    stock.load_state_dict(stock_state_dict(model, stock))
+    return stock
+
+
+def config_text(cfg: Config) -> str:
+    """The file of a config that :func:`stock_model` returned."""
+    text = cfg.pretty_text
+    carried = 'BatchGroupNorm' in _types(cfg.model)
+    return f'{NORM_OF_CONFIG}\n{text}' if carried else text

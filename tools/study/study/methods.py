@@ -2,7 +2,7 @@
 
 from typing import Optional, Tuple
 
-from wsbcn_mm.engine.update_rate import update_rate as default_update_rate
+from wsbcn_mm.engine.components import with_rate
 
 
 def method_cfg(
@@ -18,7 +18,8 @@ def method_cfg(
 
     Args:
         method (str): ``'BN'``, ``'GN'``, ``'BCN'``, ``'BGN'`` or ``'MABN'``,
-            with ``'+WS'`` or ``'+CenConv'`` for the convolutions.
+            with ``'+WS'``, ``'+WN'``, ``'+CWN'`` or ``'+CenConv'`` for the
+            convolutions.
             ``'BCN-large'`` is BCN with the batch's own statistics.
         images (int): Images per normalization batch.
         batch_size (int): Images per optimizer step.
@@ -28,29 +29,30 @@ def method_cfg(
         channel_affine (str): BCN's.
     """
     norm, _, conv = method.partition('+')
-    if update_rate is None:
-        update_rate = default_update_rate(images, batch_size)
     bcn = dict(
-        type='BCN',
-        num_groups=num_groups,
-        momentum=update_rate,
-        channel_affine=channel_affine,
+        type='BCN', num_groups=num_groups, channel_affine=channel_affine
     )
+    if update_rate is not None:
+        bcn['momentum'] = update_rate
     norms = {
         'BN': dict(type='BN'),
+        'BN-frozen': dict(type='BN'),  # by tasks.openmmlab, once pretrained
         'GN': dict(type='GN', num_groups=num_groups),
         'BCN': bcn,
         'BCN-large': dict(bcn, estimate=False),
         'BGN': dict(type='BGN', num_groups=num_groups),
-        'MABN': dict(
-            type='MABN', batch_size=images, simulated_batch_size=batch_size
-        ),
+        'MABN': dict(type='MABN'),
     }
-    convs = {'': None, 'WS': dict(type='ConvWS')}
-    convs['CenConv'] = dict(type='CenConv')
+    convs = {
+        '': None,
+        'WS': dict(type='ConvWS'),
+        'WN': dict(type='ConvWN'),
+        'CWN': dict(type='ConvCWN'),
+        'CenConv': dict(type='CenConv'),
+    }
     if norm not in norms or conv not in convs:
         raise ValueError(
             f'There is no method {method!r}: expected one of '
-            f'{", ".join(norms)}, alone or with +WS or +CenConv.'
+            f'{", ".join(norms)}, alone or with +WS, +WN, +CWN or +CenConv.'
         )
-    return norms[norm], convs[conv]
+    return with_rate(norms[norm], images, batch_size), convs[conv]

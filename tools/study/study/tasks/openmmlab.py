@@ -4,9 +4,18 @@ The config's model gets the method's layers by ``micro_batch_model``, for
 every method alike, so that the networks differ in nothing else. The optimizer
 is the config's, its step fixed at ``batch_size`` images by accumulating
 gradients. Learning rates are tuned on scenes of their own.
+
+With ``pretrained`` the backbone starts from a classifier of digit crops that
+was trained with the method's layers, once for all seeds, in batches of 16. The
+method ``'BN-frozen'`` is what the zoo does with one or two images then:
+statistics and running averages stay as they were loaded, and neck and heads
+have no normalization.
 """
 
+import glob
+import os
 import os.path as osp
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +29,12 @@ from wsbcn_mm import micro_batch_model
 from ..methods import method_cfg
 
 ROOT = osp.join(osp.dirname(osp.abspath(__file__)), *4 * [osp.pardir])
-CONVERTER = osp.join(ROOT, 'tools', 'dataset_converters', 'digit_scenes.py')
+CONVERTERS = osp.join(ROOT, 'tools', 'dataset_converters')
+CLASSIFIER = osp.join(
+    *(ROOT, 'configs', 'digits_transfer'),
+    'resnet18-slim_bcn-ws_1xb16-4e_digit-crops.py',
+)
+FROZEN = 'BN-frozen'
 SCENES_SEED = dict(test=0, val=1)
 DEFAULTS = dict(
     batch_size=4,
@@ -31,6 +45,7 @@ DEFAULTS = dict(
     num_train=300,
     num_val=300,
     image_size=160,
+    pretrained=False,
 )
 
 
@@ -43,42 +58,117 @@ def data_root(settings: dict) -> str:
 
 
 def prepare(cells: List[dict]) -> None:
-    """Make the scenes that cells ask for, before any of them runs."""
+    """Make the scenes and the classifiers that cells ask for, before any."""
     for settings in ({**DEFAULTS, **cell} for cell in cells):
-        out = data_root(settings)
-        if osp.isfile(osp.join(out, 'manifest.json')):
-            continue
-        arguments = [
-            f'--out={out}',
-            f'--seed={SCENES_SEED[settings["split"]]}',
-            f'--spread={settings["spread"]}',
-            f'--num-train={settings["num_train"]}',
-            f'--num-val={settings["num_val"]}',
-            f'--image-size={settings["image_size"]}',
-        ]
-        subprocess.run([sys.executable, CONVERTER, *arguments], check=True)
+        _make_scenes(settings)
+        if settings['pretrained']:
+            _train_classifier(settings)
+
+
+def _make_scenes(settings: dict) -> None:
+    out = data_root(settings)
+    if osp.isfile(osp.join(out, 'manifest.json')):
+        return
+    arguments = [
+        f'--out={out}',
+        f'--seed={SCENES_SEED[settings["split"]]}',
+        f'--spread={settings["spread"]}',
+        f'--num-train={settings["num_train"]}',
+        f'--num-val={settings["num_val"]}',
+        f'--image-size={settings["image_size"]}',
+    ]
+    subprocess.run(
+        [sys.executable, osp.join(CONVERTERS, 'digit_scenes.py'), *arguments],
+        check=True,
+    )
+
+
+def _train_classifier(settings: dict) -> None:
+    """Train what :func:`classifier` names."""
+    out = classifier(settings)
+    if osp.isfile(out):
+        return
+    # Crops of the scenes that learning rates are tuned on, for both splits.
+    settings = {**settings, 'split': 'val'}
+    _make_scenes(settings)
+    crops = f'{data_root(settings).rstrip(os.sep)}-crops'
+    if not osp.isdir(osp.join(crops, 'val')):
+        converter = osp.join(CONVERTERS, 'digit_crops.py')
+        subprocess.run(
+            [
+                *(sys.executable, converter),
+                *(f'--scenes={data_root(settings)}', f'--out={crops}'),
+            ],
+            check=True,
+        )
+    cfg = Config.fromfile(CLASSIFIER)
+    norm_cfg, conv_cfg = method_cfg(
+        settings['method'],
+        images=cfg.train_dataloader.batch_size,
+        batch_size=cfg.train_dataloader.batch_size,
+        num_groups=settings['num_groups'],
+    )
+    cfg.model = micro_batch_model(
+        cfg.model, norm_cfg, conv_cfg or dict(type='Conv2d'), pretrained=False
+    )
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.data_root = crops + os.sep
+    cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
+    cfg.default_hooks.checkpoint.max_keep_ckpts = 1
+    cfg.log_level = 'WARNING'
+    print(f'Training a classifier: {out}', flush=True)
+    with tempfile.TemporaryDirectory() as cfg.work_dir:
+        Runner.from_cfg(cfg).train()
+        (trained,) = glob.glob(osp.join(cfg.work_dir, 'epoch_*.pth'))
+        os.makedirs(osp.dirname(out), exist_ok=True)
+        shutil.copy(trained, f'{out}.part')
+    os.replace(f'{out}.part', out)
+
+
+def classifier(settings: dict) -> str:
+    """The checkpoint that a pretrained cell starts from."""
+    method = settings['method'].replace(FROZEN, 'BN')
+    keys = ('num_groups', 'spread', 'num_train', 'image_size')
+    name = '-'.join(f'{settings[key]:g}' for key in keys)
+    return osp.join('data', 'study', 'classifiers', f'{method}-{name}.pth')
+
+
+def build_model(model_cfg: dict, settings: dict) -> dict:
+    """The model of a config with the layers of the method."""
+    start = classifier(settings) if settings['pretrained'] else False
+    images, batch_size = settings['images'], settings['batch_size']
+    if settings['method'] == FROZEN:
+        if not start:
+            raise ValueError(f'{FROZEN} needs pretrained=True.')
+        model_cfg.backbone.norm_eval = True
+        model_cfg.backbone.init_cfg = dict(type='Pretrained', checkpoint=start)
+    else:
+        norm_cfg, conv_cfg = method_cfg(
+            settings['method'],
+            images=images,
+            batch_size=batch_size,
+            num_groups=settings['num_groups'],
+            update_rate=settings['update_rate'],
+            channel_affine=settings['channel_affine'],
+        )
+        model_cfg = micro_batch_model(
+            model_cfg,
+            norm_cfg,
+            conv_cfg or dict(type='Conv2d'),
+            images_per_gpu=images,
+            images_per_update=batch_size,
+            pretrained=start,
+        )
+    if start:  # of the classifier, that is
+        model_cfg.backbone.init_cfg['prefix'] = 'backbone.'
+    return model_cfg
 
 
 def build_config(settings: dict, work_dir: str) -> Config:
     """The config of one training."""
     cfg = Config.fromfile(osp.join(ROOT, settings['config']))
     images, batch_size = settings['images'], settings['batch_size']
-    norm_cfg, conv_cfg = method_cfg(
-        settings['method'],
-        images=images,
-        batch_size=batch_size,
-        num_groups=settings['num_groups'],
-        update_rate=settings['update_rate'],
-        channel_affine=settings['channel_affine'],
-    )
-    cfg.model = micro_batch_model(
-        cfg.model,
-        norm_cfg,
-        conv_cfg or dict(type='Conv2d'),
-        images_per_gpu=images,
-        images_per_update=batch_size,
-        pretrained=False,
-    )
+    cfg.model = build_model(cfg.model, settings)
     root = data_root(settings)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.data_root = root

@@ -1,0 +1,12 @@
+# Mask R-CNN from the backbone of a classifier, as the papers train it: few
+# steps, on the scenes of detection.py. BN-frozen is what the zoo does with one
+# or two images.
+_base_ = './detection.py'
+common = dict(steps=400, pretrained=True)
+blocks = [
+    dict(
+        method=['BN-frozen', 'BN', 'GN', 'GN+WS', 'BCN+WS', 'MABN+CenConv'],
+        images=1,
+    ),
+    dict(method=['BN', 'BCN+WS', 'MABN+CenConv'], images=2),
+]
