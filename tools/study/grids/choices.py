@@ -3,8 +3,8 @@ task = 'classification'
 common = dict(steps=300, batch_size=32, variation=0.5, lr=0.1)
 images = [1, 32]
 blocks = [
-    dict(method='BCN+WS', num_groups=[1, 2, 4, 8, 16, 32], images=images),
-    dict(method='GN+WS', num_groups=[1, 2, 4, 8, 16, 32], images=32),
+    dict(method='BCN+WS', num_groups=[1, 2, 4, 8, 16], images=images),
+    dict(method='GN+WS', num_groups=[1, 2, 4, 8, 16], images=32),
     dict(
         method='BCN+WS', num_groups=8, channel_affine='channel', images=images
     ),

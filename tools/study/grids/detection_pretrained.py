@@ -8,5 +8,6 @@ blocks = [
         method=['BN-frozen', 'BN', 'GN', 'GN+WS', 'BCN+WS', 'MABN+CenConv'],
         images=1,
     ),
-    dict(method=['BN', 'BCN+WS', 'MABN+CenConv'], images=2),
+    dict(method=['BN', 'BCN+WS'], images=2),
 ]
+tune = dict(lr=[1e-3, 3e-3])

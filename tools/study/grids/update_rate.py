@@ -10,7 +10,7 @@ common = dict(
 )
 blocks = [
     dict(
-        images=[1, 2, 8, 32],
+        images=[1, 32],
         update_rate=[0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3],
     ),
 ]

@@ -52,7 +52,8 @@ class Grid:
         self.task = config.task
         self.report = config.report.to_dict()
         self.seeds = list(config.seeds)
-        self.tune = config.tune.to_dict() if 'tune' in config else None
+        tune = config.get('tune')  # None where a base's is not wanted
+        self.tune = tune.to_dict() if tune else None
         common = config.get('common', {})
         self.cells = [
             {'task': self.task, **common, **cell}

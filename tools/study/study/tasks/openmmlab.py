@@ -236,4 +236,8 @@ def run(settings: dict) -> dict:
     for name in ('norm_off', 'norm_distance'):
         if f'train/{name}' in scalars:
             metrics[name] = float(scalars[f'train/{name}'].current())
+    for name, history in scalars.items():
+        if name.startswith('train/loss'):  # the mean of the last fifth
+            count = max(runner.max_iters // 5, 1)
+            metrics[name.split('/')[-1]] = float(history.mean(count))
     return metrics
