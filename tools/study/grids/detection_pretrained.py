@@ -10,4 +10,4 @@ blocks = [
     ),
     dict(method=['BN', 'BCN+WS'], images=2),
 ]
-tune = dict(lr=[1e-3, 3e-3])
+tune = dict(lr=[1e-3, 3e-3, 1e-2])
