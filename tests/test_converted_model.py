@@ -19,7 +19,7 @@ _base_ = 'mmpretrain::van/van-tiny_8xb128_in1k.py'
 from wsbcn_mm import micro_batch_model
 
 model = micro_batch_model(
-    _base_.model, images_per_gpu=2, images_per_update=8, convert=True
+    _base_.model, images_per_gpu=2, images_per_update=16, convert=True
 )
 model.model.head.num_classes = 5
 """
@@ -51,7 +51,7 @@ def test_what_a_class_has_built_in_is_converted(cfg):
     assert not batch_norms(model)
     norms = [m for m in model.modules() if isinstance(m, BCN)]
     assert len(norms) == 30
-    assert {norm.momentum for norm in norms} == {0.1 * 2 / 8}
+    assert {norm.momentum for norm in norms} == {0.1 * 2 / 16}
     assert sum(isinstance(m, ConvWS) for m in model.modules()) == 4
     assert len(batch_norms(MODELS.build(cfg.model.model))) == 30
 

@@ -71,7 +71,10 @@ def test_config_says_what_its_name_says(path):
     if norm == 'bcn-ws':
         rate = update_rate(images, step)
         assert backbone.norm_cfg == dict(
-            type='BCN', num_groups=groups, momentum=rate
+            type='BCN',
+            num_groups=groups,
+            momentum=rate,
+            momentum_annealing=True,
         )
     else:
         assert backbone.norm_cfg == dict(type='GN', num_groups=groups)

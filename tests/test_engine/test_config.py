@@ -13,7 +13,9 @@ from training_step import assert_trains, training_step
 from wsbcn_mm import BCN, ConvWS, micro_batch_model
 from wsbcn_mm.consumers import record_consumers
 
-NORM = dict(type='BCN', num_groups=32, momentum=0.1 / 16)
+NORM = dict(
+    type='BCN', num_groups=32, momentum=0.1 / 16, momentum_annealing=True
+)
 WS = dict(type='ConvWS')
 
 

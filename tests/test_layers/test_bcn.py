@@ -152,6 +152,49 @@ def test_momentum_is_the_update_rate():
     close(norm.running_var, torch.tensor([0.75 + 0.25 * 5, 0.75 + 0.25 * 16]))
 
 
+def test_momentum_annealing_averages_until_the_rate_is_reached():
+    norm = BCN(3, 1, momentum=0.25, momentum_annealing=True).double()
+    means = torch.randn(8, 3, dtype=torch.float64)
+    mean = torch.zeros(3, dtype=torch.float64)
+    for t, m in enumerate(means, 1):
+        norm(m.view(1, 3, 1, 1).expand(1, 3, 2, 2))
+        mean += max(0.25, 1 / (1 + t)) * (m - mean)
+        torch.testing.assert_close(norm.running_mean, mean)
+    assert norm.num_batches_tracked == 8
+
+
+def test_the_first_annealed_forward_is_alive():
+    """A single value per channel, as in an image pooling, is not its mean."""
+    norm = BCN(4, 2, momentum_annealing=True)
+    x = torch.randn(1, 4, 1, 1, requires_grad=True)
+    norm(x).square().sum().backward()
+    assert (norm.weight.grad != 0).all()
+
+
+@pytest.mark.parametrize(
+    'estimates, count, expected',
+    [
+        (dict(running_mean=[2.0, 3.0], running_var=[4.0, 5.0]), None, 20),
+        (dict(running_mean=[2.0, 3.0], running_var=[4.0, 5.0]), 0, 20),
+        (dict(running_mean=[2.0, 3.0], running_var=[4.0, 5.0]), 3, 3),
+        (dict(running_mean=[0.0, 0.0], running_var=[1.0, 1.0]), 0, 0),
+    ],
+)
+def test_momentum_annealing_keeps_loaded_estimates(estimates, count, expected):
+    """torchvision's BN checkpoints say that they have seen nothing."""
+    norm = BCN(2, 1, momentum=0.05, momentum_annealing=True)
+    state = nn.BatchNorm2d(2).state_dict()
+    state.update({k: torch.tensor(v) for k, v in estimates.items()})
+    del state['num_batches_tracked']
+    if count is not None:
+        state['num_batches_tracked'] = torch.tensor(count)
+    norm.load_state_dict(state)
+    assert norm.num_batches_tracked == expected
+    norm(torch.randn(1, 2, 8, 8) + 9)
+    if expected == 20:  # the rate is r at once
+        assert norm.running_mean.max() < 4
+
+
 def test_momentum_none_is_the_cumulative_average():
     norm = BCN(3, 1, momentum=None).double()
     images = torch.randn(5, 1, 3, 4, dtype=torch.double)
@@ -458,6 +501,7 @@ def test_groups_divide_the_channels(channels, groups):
         (dict(num_groups=2.0), TypeError, ['num_groups', '2.0', 'float']),
         (dict(num_features=-1), ValueError, ['num_features', '-1']),
         (dict(momentum=1.5), ValueError, ['momentum', '[0, 1]', '1.5']),
+        (dict(momentum_annealing=1), TypeError, ['momentum_annealing', '1']),
         (dict(momentum=-0.1), ValueError, ['momentum', '-0.1']),
         (dict(momentum='0.1'), TypeError, ['momentum', "'0.1'"]),
         (dict(momentum=float('nan')), ValueError, ['momentum', 'nan']),

@@ -69,6 +69,8 @@ def test_the_detector_starts_from_the_classifier(tmp_path, monkeypatch):
     for value in classifier.backbone.state_dict().values():
         if value.is_floating_point():
             value.uniform_(0.5, 1)
+        else:
+            value.fill_(3)  # forwards
     path = tmp_path / 'epoch_4.pth'
     save_checkpoint(
         dict(state_dict=get_state_dict(classifier), meta={}), str(path)

@@ -94,7 +94,8 @@ def with_rate(
     norm_cfg = plain_copy(norm_cfg)
     kind = norm_class(norm_cfg)
     if issubclass(kind, BCN):
-        norm_cfg.setdefault('momentum', rate)
+        if 'momentum' not in norm_cfg:
+            norm_cfg.update(momentum=rate, momentum_annealing=True)
     if 'simulated_batch_size' in constructor_parameters(kind):
         batch_size = norm_cfg.setdefault('batch_size', images_per_gpu)
         least = -(-LEAST_IMAGES // batch_size) * batch_size

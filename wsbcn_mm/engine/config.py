@@ -137,9 +137,10 @@ def micro_batch_model(
     Args:
         model_cfg (dict): A model config of MMDetection, MMSegmentation or
             MMPretrain. It is not changed.
-        norm_cfg (dict | None): The normalization. ``momentum`` of a BCN and
-            the batch sizes of a MABN follow from the two numbers below unless
-            given. Default: None, ``dict(type='BCN', num_groups=32)``
+        norm_cfg (dict | None): The normalization. The update rate of a BCN,
+            annealed, and the batch sizes of a MABN follow from the two
+            numbers below unless given. Default: None,
+            ``dict(type='BCN', num_groups=32)``
         conv_cfg (dict | None): The convolution where a normalization follows,
             ``dict(type='Conv2d')`` for none with Weight Standardization.
             Default: None, ``dict(type='ConvWS')``
@@ -177,8 +178,9 @@ def micro_batch_model(
         >>> model = dict(type='ImageClassifier',
         ...              backbone=dict(type='ResNet', depth=50))
         >>> model = micro_batch_model(model)
-        >>> model.backbone.norm_cfg
-        {'type': 'BCN', 'num_groups': 32, 'momentum': 0.00625}
+        >>> model.backbone.norm_cfg  # doctest: +NORMALIZE_WHITESPACE
+        {'type': 'BCN', 'num_groups': 32, 'momentum': 0.00625,
+        'momentum_annealing': True}
         >>> model.backbone.conv_cfg
         {'type': 'ConvWS'}
     """

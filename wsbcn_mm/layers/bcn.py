@@ -65,6 +65,13 @@ class BCN(RunningStatistics, NormBase):
         channel_affine (str): ``'group'`` for one pair :math:`\gamma,
             \beta` per group, ``'channel'`` for one per channel, which is what
             a Group Normalization checkpoint holds. Default: ``'group'``
+        momentum_annealing (bool): Whether the rate of the t-th training
+            forward is ``max(r, 1 / (1 + t))``, as in mmengine's
+            ``MomentumAnnealingEMA``: the estimates begin as averages, and
+            forget at once that they began at mean 0 and variance 1, which the
+            rate r does in 1 / r forwards. ``micro_batch_model`` and
+            ``convert_to_micro_batch`` choose it along with the rate. Loaded
+            estimates go on where they were. Default: False
 
     Attributes:
         weight, bias (Parameter): :math:`\gamma, \beta`, the output affine.
@@ -98,6 +105,7 @@ class BCN(RunningStatistics, NormBase):
         momentum: Optional[float] = 0.01,
         estimate: bool = True,
         channel_affine: str = 'group',
+        momentum_annealing: bool = False,
         device=None,
         dtype=None,
     ):
@@ -109,17 +117,22 @@ class BCN(RunningStatistics, NormBase):
                 f"{name}: channel_affine must be 'group' or "
                 f"'channel', got {channel_affine!r}"
             )
-        if not isinstance(estimate, bool):
-            raise TypeError(
-                f'{name}: estimate must be True or False, got '
-                f'{estimate!r} ({type(estimate).__name__})'
-            )
+        for argument, value in (
+            ('estimate', estimate),
+            ('momentum_annealing', momentum_annealing),
+        ):
+            if not isinstance(value, bool):
+                raise TypeError(
+                    f'{name}: {argument} must be True or False, got '
+                    f'{value!r} ({type(value).__name__})'
+                )
         super().__init__(
             num_features, largest_divisor(num_features, num_groups), eps
         )
         self.momentum = check_momentum(name, momentum)
         self.estimate = estimate
         self.channel_affine = channel_affine
+        self.momentum_annealing = momentum_annealing
         pairs = self.num_groups if channel_affine == 'group' else num_features
         factory = dict(device=device, dtype=dtype)
         self.weight = nn.Parameter(torch.empty(pairs, **factory))
@@ -189,9 +202,11 @@ class BCN(RunningStatistics, NormBase):
             f'{self.num_features}, num_groups={self.num_groups}, '
             f'eps={self.eps}, momentum={self.momentum}, '
             f'estimate={self.estimate}, '
-            f'channel_affine={self.channel_affine!r}'
+            f'channel_affine={self.channel_affine!r}, '
+            f'momentum_annealing={self.momentum_annealing}'
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         translate_to_bcn(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._trust_estimates()

@@ -1,5 +1,6 @@
 """Estimates of batch statistics, as buffers."""
 
+import math
 from typing import Tuple, Union
 
 import torch
@@ -16,6 +17,8 @@ class RunningStatistics:
         num_batches_tracked (Tensor): Number of training forwards.
     """
 
+    momentum_annealing = False
+
     def _register_estimates(self, size: int, device=None, dtype=None) -> None:
         factory = dict(device=device, dtype=dtype)
         self.register_buffer('running_mean', torch.empty(size, **factory))
@@ -29,6 +32,20 @@ class RunningStatistics:
         self.running_mean.zero_()
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
+
+    @torch.no_grad()
+    def _trust_estimates(self) -> None:
+        """Count forwards for loaded estimates that come without a count.
+
+        Those of torchvision's checkpoints say 0, and those made of a GN's
+        have none: the first forwards must not replace them.
+        """
+        count = self.num_batches_tracked
+        if not self.momentum_annealing or not self.momentum or count.is_meta:
+            return
+        is_new = (self.running_mean == 0).all() & (self.running_var == 1).all()
+        if count == 0 and not is_new:
+            count.fill_(math.ceil(1 / self.momentum))
 
     def _estimates(self, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
         # Copies: a layer that is shared between levels runs again, and
@@ -54,8 +71,12 @@ class RunningStatistics:
         """
         self.num_batches_tracked += is_filled
         rate = self.momentum
-        if rate is None:
-            rate = self.num_batches_tracked.to(mean.dtype).reciprocal()
+        if rate is None or self.momentum_annealing:
+            count = self.num_batches_tracked.to(mean.dtype)
+            if rate is None:
+                rate = count.reciprocal()
+            else:
+                rate = (count + 1).reciprocal().clamp(min=rate)
         if isinstance(is_filled, Tensor):
             # NaN for an empty batch, which leaves the estimates alone.
             mean, var = mean / is_filled, var / is_filled

@@ -13,6 +13,7 @@ def method_cfg(
     num_groups: int = 32,
     update_rate: Optional[float] = None,
     channel_affine: str = 'group',
+    momentum_annealing: bool = True,
 ) -> Tuple[dict, Optional[dict]]:
     """The ``norm_cfg`` and ``conv_cfg`` of a method.
 
@@ -26,14 +27,12 @@ def method_cfg(
         num_groups (int): Of GN, BCN and BGN. Default: 32
         update_rate (float | None): BCN's r. Default: None, what the package
             proposes for the schedule.
-        channel_affine (str): BCN's.
+        channel_affine (str), momentum_annealing (bool): BCN's.
     """
     norm, _, conv = method.partition('+')
     bcn = dict(
         type='BCN', num_groups=num_groups, channel_affine=channel_affine
     )
-    if update_rate is not None:
-        bcn['momentum'] = update_rate
     norms = {
         'BN': dict(type='BN'),
         'BN-frozen': dict(type='BN'),  # by tasks.openmmlab, once pretrained
@@ -55,4 +54,9 @@ def method_cfg(
             f'There is no method {method!r}: expected one of '
             f'{", ".join(norms)}, alone or with +WS, +WN, +CWN or +CenConv.'
         )
-    return with_rate(norms[norm], images, batch_size), convs[conv]
+    norm_cfg = with_rate(norms[norm], images, batch_size)
+    if norm in ('BCN', 'BCN-large'):
+        norm_cfg['momentum_annealing'] = momentum_annealing
+        if update_rate is not None:
+            norm_cfg['momentum'] = update_rate
+    return norm_cfg, convs[conv]

@@ -10,7 +10,6 @@ micro-batch as they would; gradients are the same
 """
 
 from functools import lru_cache, partial
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -28,23 +27,18 @@ from wsbcn_mm.layers.batch_statistics import BatchStatistics
 from wsbcn_mm.layers.mabn import RATIO_LIMIT, RATIO_WARMUP_ITERS
 
 
-def normalize_in_micro_batches(
-    model: nn.Module, images: int, start: Optional[str] = None
-) -> None:
+def normalize_in_micro_batches(model: nn.Module, images: int) -> None:
     """Let the normalizations of ``model`` see ``images`` at a time.
 
     Args:
         model (nn.Module): Changed in place, in training mode only.
         images (int): Images per normalization batch.
-        start (str | None): ``'corrected'`` lets BCN's estimates start as
-            averages, with the rate ``max(r, 1 / t)`` at forward t.
-            Default: None, the rate r throughout.
     """
     for module in model.modules():
         if isinstance(module, BatchStatistics):
             continue
         if type(module) is BCN and module.estimate:
-            micro_batched = partial(_bcn, module, start=start)
+            micro_batched = partial(_bcn, module)
         elif type(module) is nn.BatchNorm2d:
             micro_batched = partial(_bn, module)
         elif type(module) is BGN:
@@ -115,15 +109,17 @@ def _batch_norm(module, x: Tensor, images: int, weight=None, bias=None):
     return y.unflatten(1, (parts, channels)).transpose(0, 1).flatten(0, 1)
 
 
-def _bcn(module, x: Tensor, images: int, forward, start) -> Tensor:
+def _bcn(module, x: Tensor, images: int, forward) -> Tensor:
     """The estimates of every micro-batch from one matrix product."""
     mean, var = moments(x)
     parts = len(x) // images
     first = int(module.num_batches_tracked)
+    counts = range(first + 1, first + parts + 1)
     rates = [module.momentum] * parts
-    if module.momentum is None or start == 'corrected':
-        low = module.momentum or 0
-        rates = [max(low, 1 / (first + t + 1)) for t in range(parts)]
+    if module.momentum is None:
+        rates = [1 / t for t in counts]
+    elif module.momentum_annealing:
+        rates = [max(module.momentum, 1 / (1 + t)) for t in counts]
     m, v = (t.unflatten(0, (parts, images)) for t in (mean, var))
     means = _averages(module.running_mean, m.mean(1), rates)
     before = torch.cat([module.running_mean[None], means[:-1]])

@@ -22,7 +22,7 @@ DEFAULTS = dict(
     warmup=20,
     num_groups=8,
     update_rate=None,
-    start=None,
+    annealing=False,
     channel_affine='group',
     weight_decay=1e-4,
     variation=1.0,
@@ -42,6 +42,7 @@ def build_model(settings: dict) -> nn.Module:
         num_groups=settings['num_groups'],
         update_rate=settings['update_rate'],
         channel_affine=settings['channel_affine'],
+        momentum_annealing=settings['annealing'],
     )
     if settings.get('average'):  # the cumulative average of all forwards
         norm_cfg['momentum'] = None
@@ -164,7 +165,7 @@ def run(settings: dict, on_step: Optional[Callable] = None) -> dict:
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.manual_seed(settings['seed'])
     model = build_model(settings).to(device)
-    normalize_in_micro_batches(model, settings['images'], settings['start'])
+    normalize_in_micro_batches(model, settings['images'])
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=settings['lr'],
