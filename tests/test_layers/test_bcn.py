@@ -466,9 +466,10 @@ def test_deepcopy_and_pickle(tmp_path):
         close(twin.eval()(x), norm.eval()(x).detach())
 
 
+@pytest.mark.parametrize('annealing', [True, False])
 @pytest.mark.parametrize('training', [True, False])
-def test_compiles_without_graph_break(training):
-    norm = randomized(BCN(8, 2)).train(training)
+def test_compiles_without_graph_break(training, annealing):
+    norm = randomized(BCN(8, 2, momentum_annealing=annealing)).train(training)
     twin = copy.deepcopy(norm)
     compiled = torch.compile(norm, fullgraph=True, backend='aot_eager')
     x = torch.randn(2, 8, 4, 4, requires_grad=True)
