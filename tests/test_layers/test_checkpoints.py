@@ -235,6 +235,14 @@ def test_filter_means_tell_where_nothing_is_recorded(
         assert len(warned) == 1 and 'no scale of their own' in warned[0]
 
 
+def test_a_layer_that_adam_drifted_is_not_judged(messages):
+    """As in the last stage of a classifier trained with WS and AdamW."""
+    state = dict(network(ConvWS, BCN).state_dict())
+    state['6.weight'] = state['6.weight'] + 0.02
+    network(ConvWS, BCN).load_state_dict(state)
+    assert not [t for level, t in messages if level == 'WARNING']
+
+
 def test_fresh_weights_are_not_judged(messages):
     for conv in (nn.Conv2d, ConvWS):
         state = dict(network(conv, BCN).state_dict())

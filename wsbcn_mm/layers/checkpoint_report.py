@@ -7,6 +7,7 @@ collects the notes, and prints them.
 
 import logging
 from collections import defaultdict
+from statistics import median
 from typing import List, Optional
 
 import torch
@@ -21,11 +22,13 @@ class FilterMeans:
     So the mean of a filter stays what the initialization made it or decays,
     and :math:`t^2 = n \, \mathrm{mean}^2 / \mathrm{var}`, with fan-in n,
     averages 1 or less. Filters trained without it take on a mean, in
-    particular those that follow a ReLU.
+    particular those that follow a ReLU. Adam takes steps of its own for each
+    weight, by which some layers do so with Weight Standardization too: what
+    counts is the median of the layers.
     """
 
     def __init__(self):
-        self.total, self.count = 0.0, 0
+        self.averages, self.count = [], 0
 
     def add(self, weight: Tensor) -> None:
         some = max(1, len(weight) // 64)  # enough to tell, for little time
@@ -34,12 +37,13 @@ class FilterMeans:
             var, mean = torch.var_mean(flat, 1)
             t = mean.square() * flat.shape[1] / var
             t = t[t.isfinite()]
-            self.total += t.sum().item()
-            self.count += len(t)
+            if len(t):
+                self.averages.append(t.mean().item())
+                self.count += len(t)
 
     @property
     def average(self) -> float:
-        return self.total / self.count if self.count else 1.0
+        return median(self.averages) if self.averages else 1.0
 
     @property
     def surely_standardized(self) -> bool:
@@ -48,7 +52,7 @@ class FilterMeans:
 
     @property
     def surely_plain(self) -> bool:
-        return self.count >= 128 and self.average > 4
+        return self.count >= 128 and self.average > 2
 
 
 class CheckpointReport:
