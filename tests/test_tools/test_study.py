@@ -451,3 +451,21 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
     # BN cannot run at one image, which is a row of the table.
     failed, _ = record('segmentation', 'BN')
     assert 'Expected more than 1 value per channel' in failed['error']
+
+
+@pytest.mark.slow
+def test_readout_of_random_features(tmp_path, monkeypatch):
+    pytest.importorskip('mmdet')
+    from study.tasks import readout
+
+    monkeypatch.chdir(tmp_path)
+    grid = Grid(osp.join(STUDY, 'grids', 'readout.py'))
+    cell = {**grid.cells[0], **MINIATURE, 'fitted': 3, 'evaluated': 1}
+    readout.prepare([cell])
+    found = readout.run(cell)
+    assert list(found) == ['stride4', 'stride8', 'stride16', 'stride32']
+    # Of its own scenes' pixels, a linear map tells more than chance.
+    assert 0.5 < found['stride4'] <= 1
+    assert readout.run(cell) == found
+    with pytest.raises(ValueError, match='4 images, 9 are needed'):
+        readout.run({**cell, 'fitted': 8})

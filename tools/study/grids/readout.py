@@ -1,4 +1,5 @@
-# What random features say of where objects are: does centring filters cost?
+# What random features say of where objects are: does centring filters, or
+# channels, cost? Batches of 60 images, so BCN has their own statistics.
 task = 'readout'
 common = dict(
     config='configs/digits/mask-rcnn_r18-slim_fpn_bn_1xb1-5e_digits.py',
@@ -10,7 +11,7 @@ common = dict(
 )
 blocks = [
     dict(
-        method=['GN', 'GN+WN', 'GN+CWN', 'GN+WS'],
+        method=['GN', 'GN+WN', 'GN+CWN', 'GN+WS', 'BN', 'BCN-large'],
         spread=[0.0, 0.5, 1.0],
     ),
 ]
