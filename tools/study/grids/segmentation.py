@@ -3,7 +3,7 @@
 task = 'openmmlab'
 common = dict(
     config='configs/digits/deeplabv3plus_r18-slim_bn_1xb1-4k_digits-160x160.py',
-    steps=400,
+    steps=1000,
     batch_size=4,
     num_val=300,
 )
