@@ -88,7 +88,8 @@ def _train_classifier(settings: dict) -> None:
     out = classifier(settings)
     if osp.isfile(out):
         return
-    # Crops of the scenes that learning rates are tuned on, for both splits.
+    # Crops of the scenes that learning rates are tuned on, for both splits:
+    # other scenes than those of the results, though not all other digits.
     settings = {**settings, 'split': 'val'}
     _make_scenes(settings)
     crops = f'{data_root(settings).rstrip(os.sep)}-crops'
