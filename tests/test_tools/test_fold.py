@@ -131,6 +131,13 @@ def check_outputs(tmp_path, model):
             assert (a - b).abs().max() < 1e-4 * b.abs().max()
 
 
+def assert_same_features(stock, model):
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for a, b in zip(stock.extract_feat(x), model.extract_feat(x)):
+            assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
 @pytest.mark.slow
 def test_stock_mmdet_loads_it(tmp_path, monkeypatch, capsys):
     pytest.importorskip('mmdet')
@@ -162,10 +169,7 @@ def test_other_normalizations(tmp_path, norm, args, conv):
     )
     model, config, _ = trained(tmp_path, text)
     cfg, stock = stock_model(read_config(str(config)), model)
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        for a, b in zip(stock.extract_feat(x), model.extract_feat(x)):
-            assert (a - b).abs().max() < 1e-4 * b.abs().max()
+    assert_same_features(stock, model)
     assert not {'BCN', 'MABN', 'ConvWS'} & set(cfg.pretty_text.split("'"))
 
 
@@ -178,10 +182,7 @@ def test_a_bias_finds_a_place(tmp_path):
     del conv._parameters['bias']
     conv.bias = torch.nn.Parameter(torch.rand(conv.out_channels))
     _, stock = stock_model(read_config(str(config)), model)
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        for a, b in zip(stock.extract_feat(x), model.extract_feat(x)):
-            assert (a - b).abs().max() < 1e-4 * b.abs().max()
+    assert_same_features(stock, model)
 
 
 def test_groups_that_differ(tmp_path):
@@ -192,10 +193,7 @@ def test_groups_that_differ(tmp_path):
     model, config, _ = trained(tmp_path, text)
     cfg, stock = stock_model(read_config(str(config)), model)
     assert cfg.model.backbone.norm_cfg.type == 'BatchGroupNorm'
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        for a, b in zip(stock.extract_feat(x), model.extract_feat(x)):
-            assert (a - b).abs().max() < 1e-4 * b.abs().max()
+    assert_same_features(stock, model)
 
 
 STOCK_SEGMENTOR = """

@@ -237,7 +237,7 @@ def test_grid_file_errors_name_the_problem(tmp_path):
 def test_method_errors_list_the_methods():
     from study.methods import method_cfg
 
-    with pytest.raises(ValueError, match="'XN\\+WS'.*BN, .*GN, BCN"):
+    with pytest.raises(ValueError, match="'XN\\+WS'.*BN, BN-frozen, GN, BCN"):
         method_cfg('XN+WS', images=1, batch_size=32)
 
 
@@ -435,14 +435,12 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
         cell = dict(MINIATURE, method=method, pretrained=True)
         openmmlab.prepare([cell])
         grid = Grid(osp.join(STUDY, 'grids', 'detection_pretrained.py'))
-        cell = {**grid.cells[0], **cell}
+        cell = {**openmmlab.DEFAULTS, **grid.cells[0], **cell}
         found = run_cell(cell, str(tmp_path / 'cells'))
         assert 'error' not in found, found['traceback']
-        start = torch.load(
-            openmmlab.classifier({**openmmlab.DEFAULTS, **cell})
-        )
+        start = torch.load(openmmlab.classifier(cell))
         backbone = start['state_dict']['backbone.conv1.weight']
-        cfg = openmmlab.build_config({**openmmlab.DEFAULTS, **cell}, 'work')
+        cfg = openmmlab.build_config(cell, 'work')
         model = MODELS.build(cfg.model)
         model.init_weights()
         assert torch.equal(model.backbone.conv1.weight, backbone)

@@ -16,7 +16,12 @@ import wsbcn_mm
 from wsbcn_mm.deploy import fold_for_inference
 from wsbcn_mm.engine.checkpoint import read_config, read_state_dict
 from wsbcn_mm.engine.command_line import UsageError, run
-from wsbcn_mm.engine.stock import NotExpressible, config_text, stock_model
+from wsbcn_mm.engine.stock import (
+    NotExpressible,
+    brings_norm,
+    config_text,
+    stock_model,
+)
 
 TOLERANCE = 1e-4  # of the largest output; float32 through a hundred layers
 
@@ -125,12 +130,12 @@ def main():
             f'{args.out}.pth',
         )
         with open(f'{args.out}.py', 'w', encoding='utf-8') as file:
-            text = config_text(stock_cfg)
-            file.write(text)
-        if 'class BatchGroupNorm' in text:
+            file.write(config_text(stock_cfg))
+        if brings_norm(stock_cfg):
             print(
-                'Some convolutions have no place for a bias: the config '
-                'brings a BatchGroupNorm of its own for what follows them.'
+                'The config brings a BatchGroupNorm of its own, where a '
+                'convolution has no place for a bias or the numbers of '
+                'groups differ.'
             )
         written = f'{args.out}.pth and {args.out}.py'
     print(

@@ -380,8 +380,12 @@ def _filled(model_cfg: dict, model: nn.Module) -> nn.Module:
     return stock
 
 
+def brings_norm(cfg: Config) -> bool:
+    """Whether the config's file has to begin with :data:`NORM_OF_CONFIG`."""
+    return 'BatchGroupNorm' in _types(cfg.model)
+
+
 def config_text(cfg: Config) -> str:
     """The file of a config that :func:`stock_model` returned."""
     text = cfg.pretty_text
-    carried = 'BatchGroupNorm' in _types(cfg.model)
-    return f'{NORM_OF_CONFIG}\n{text}' if carried else text
+    return f'{NORM_OF_CONFIG}\n{text}' if brings_norm(cfg) else text

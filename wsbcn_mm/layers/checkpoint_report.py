@@ -42,17 +42,17 @@ class FilterMeans:
                 self.count += len(t)
 
     @property
-    def average(self) -> float:
+    def typical(self) -> float:
         return median(self.averages) if self.averages else 1.0
 
     @property
     def surely_standardized(self) -> bool:
         # An initialization gives 1, give or take sqrt(2 / count).
-        return self.count >= 128 and self.average < 0.5
+        return self.count >= 128 and self.typical < 0.5
 
     @property
     def surely_plain(self) -> bool:
-        return self.count >= 128 and self.average > 2
+        return self.count >= 128 and self.typical > 2
 
 
 class CheckpointReport:

@@ -47,6 +47,14 @@ class RunningStatistics:
         if count == 0 and not is_new:
             count.fill_(math.ceil(1 / self.momentum))
 
+    def _rate(self, count: Tensor, dtype: torch.dtype) -> Union[float, Tensor]:
+        """The update rate of the training forward of this number, from 1."""
+        if self.momentum is None:
+            return count.to(dtype).reciprocal()
+        if self.momentum_annealing:
+            return (count.to(dtype) + 1).reciprocal().clamp(min=self.momentum)
+        return self.momentum
+
     def _estimates(self, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
         # Copies: a layer that is shared between levels runs again, and
         # updates the buffers, before this call's backward needs them.
@@ -70,13 +78,7 @@ class RunningStatistics:
             tuple[Tensor]: The new estimates, in the dtype of statistics.
         """
         self.num_batches_tracked += is_filled
-        rate = self.momentum
-        if rate is None or self.momentum_annealing:
-            count = self.num_batches_tracked.to(mean.dtype)
-            if rate is None:
-                rate = count.reciprocal()
-            else:
-                rate = (count + 1).reciprocal().clamp(min=rate)
+        rate = self._rate(self.num_batches_tracked, mean.dtype)
         if isinstance(is_filled, Tensor):
             # NaN for an empty batch, which leaves the estimates alone.
             mean, var = mean / is_filled, var / is_filled

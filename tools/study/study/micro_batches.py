@@ -114,12 +114,9 @@ def _bcn(module, x: Tensor, images: int, forward) -> Tensor:
     mean, var = moments(x)
     parts = len(x) // images
     first = int(module.num_batches_tracked)
-    counts = range(first + 1, first + parts + 1)
-    rates = [module.momentum] * parts
-    if module.momentum is None:
-        rates = [1 / t for t in counts]
-    elif module.momentum_annealing:
-        rates = [max(module.momentum, 1 / (1 + t)) for t in counts]
+    counts = torch.arange(first + 1, first + parts + 1)
+    rates = module._rate(counts, torch.float64)
+    rates = torch.as_tensor(rates, dtype=torch.float64).expand(parts).tolist()
     m, v = (t.unflatten(0, (parts, images)) for t in (mean, var))
     means = _averages(module.running_mean, m.mean(1), rates)
     before = torch.cat([module.running_mean[None], means[:-1]])

@@ -137,7 +137,6 @@ def classifier(settings: dict) -> str:
 def build_model(model_cfg: dict, settings: dict) -> dict:
     """The model of a config with the layers of the method."""
     start = classifier(settings) if settings['pretrained'] else False
-    images, batch_size = settings['images'], settings['batch_size']
     if settings['method'] == FROZEN:
         if not start:
             raise ValueError(f'{FROZEN} needs pretrained=True.')
@@ -146,8 +145,8 @@ def build_model(model_cfg: dict, settings: dict) -> dict:
     else:
         norm_cfg, conv_cfg = method_cfg(
             settings['method'],
-            images=images,
-            batch_size=batch_size,
+            images=settings['images'],
+            batch_size=settings['batch_size'],
             num_groups=settings['num_groups'],
             update_rate=settings['update_rate'],
             channel_affine=settings['channel_affine'],
@@ -156,8 +155,6 @@ def build_model(model_cfg: dict, settings: dict) -> dict:
             model_cfg,
             norm_cfg,
             conv_cfg or dict(type='Conv2d'),
-            images_per_gpu=images,
-            images_per_update=batch_size,
             pretrained=start,
         )
     if start:  # of the classifier, that is

@@ -24,12 +24,8 @@ from sklearn.preprocessing import StandardScaler
 from . import openmmlab
 
 DEFAULTS = dict(openmmlab.DEFAULTS, fitted=40, evaluated=20)
+prepare = openmmlab.prepare  # the scenes that cells ask for
 GROUND = 0  # in the label images
-
-
-def prepare(cells) -> None:
-    """Make the scenes that cells ask for."""
-    openmmlab.prepare([{**DEFAULTS, **cell} for cell in cells])
 
 
 def load_scenes(root: str, count: int, mean, std):
