@@ -13,23 +13,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wsbcn_mm.functional.kernels import plain
+from wsbcn_mm.functional.kernels.parity import TOLERANCE, check
 
 LAYOUTS = {
     3: ['contiguous', 'strided'],
     4: ['contiguous', 'channels_last', 'strided'],
     5: ['contiguous', 'channels_last_3d'],
 }
-EPSILON = {
-    torch.float64: 1e-12,
-    torch.float32: 3e-5,
-    torch.bfloat16: 1e-2,
-    torch.float16: 2e-3,
-}
 
 
 @st.composite
-def inputs(draw, dtypes=tuple(EPSILON)):
+def inputs(draw, dtypes=tuple(TOLERANCE)):
     """Activations and a gradient of one shape, dtype and layout."""
     sizes = st.integers(1, 9)
     shape = draw(
@@ -59,76 +53,11 @@ def arranged(x, layout):
     return x.contiguous(memory_format=getattr(torch, layout))
 
 
-def close(actual, expected, size, epsilon):
-    assert actual.shape == expected.shape
-    error = (actual.double().cpu() - expected).abs()
-    assert (error <= epsilon * size).all(), (error / size).max()
-
-
-def check(backend, x, grad, device='cpu'):
-    """Every pass, to rounding in the dtype of statistics or of results."""
-    wide, wide_grad = x.double(), grad.double()
-    x, grad = x.to(device), grad.to(device)
-    small = EPSILON[
-        torch.float64 if x.dtype == torch.float64 else torch.float32
-    ]
-    large = EPSILON[x.dtype]
-    length = max(x[0, 0].numel(), 1)
-
-    mean, var = plain.moments(wide)
-    got_mean, got_var = backend.moments(x)
-    std = var.sqrt()
-    close(got_mean, mean, std + mean.abs(), small)
-    close(got_var, var, var + std * mean.abs() * 1e-2 + 1e-14, small * 10)
-
-    center = got_mean
-    scale, slope, shift = (
-        (torch.randn_like(mean) / (std + 1e-3)).to(center.dtype)
-        for _ in range(3)
-    )
-    args = [t.to(device) for t in (scale, slope, shift)]
-    wide_args = [t.double() for t in (scale, slope, shift)]
-    wide_center = center.double().cpu()
-    x_size = (
-        (wide - wide_center[(..., *[None] * (wide.dim() - 2))]).abs().amax()
-    )
-    size = x_size * wide_args[0].abs().max() + wide_args[2].abs().max()
-
-    result = backend.affine(x, center, args[0], args[2])
-    assert result.dtype == x.dtype
-    assert result._base is None, 'a view breaks the ReLU that follows'
-    close(
-        result,
-        plain.affine(wide, wide_center, wide_args[0], wide_args[2]),
-        size + 1,
-        large,
-    )
-
-    total, product = backend.reduce(grad, x, center)
-    wide_total, wide_product = plain.reduce(wide_grad, wide, wide_center)
-    close(total, wide_total, length, small)
-    close(product, wide_product, length * (x_size + 1e-6), small)
-
-    result = backend.input_grad(grad, x, center, *args)
-    assert result.dtype == x.dtype
-    close(
-        result,
-        plain.input_grad(wide_grad, wide, wide_center, *wide_args),
-        wide_grad.abs().max() * wide_args[0].abs().max()
-        + x_size * wide_args[1].abs().max()
-        + wide_args[2].abs().max(),
-        large,
-    )
-    for t in (backend.affine(x, center, args[0], args[2]), result):
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            assert t.is_contiguous(memory_format=torch.channels_last)
-
-
 def backend(name):
     return importlib.import_module(f'wsbcn_mm.functional.kernels.{name}')
 
 
-def run(name, device, examples, dtypes=tuple(EPSILON)):
+def run(name, device, examples, dtypes=tuple(TOLERANCE)):
     @settings(
         max_examples=examples,
         deadline=None,
@@ -137,7 +66,7 @@ def run(name, device, examples, dtypes=tuple(EPSILON)):
     )
     @given(inputs(dtypes))
     def parity(drawn):
-        check(backend(name), *drawn, device=device)
+        check(backend(name), *(t.to(device) for t in drawn))
 
     parity()
 

@@ -1,7 +1,9 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import kernel_parity
 import pytest
@@ -30,6 +32,53 @@ def test_parity_of_triton_kernels_in_the_interpreter():
         cwd=Path(__file__).parents[2],
         timeout=300,
     )
+
+
+@pytest.mark.parametrize('activations', ['fp32', 'fp16', 'bf16'])
+@pytest.mark.parametrize('capability', [80, 90])
+def test_triton_kernels_compile_without_a_gpu(capability, activations):
+    """And load 16 bytes at a time in both layouts."""
+    compiler = pytest.importorskip('triton.backends.compiler')
+    from triton.compiler import ASTSource, compile
+
+    from wsbcn_mm.functional.kernels import fused, fused_coefficients
+
+    def ptx_of(kernel, **constants):
+        signature, aligned = {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            if name in constants:
+                signature[name] = 'constexpr'
+                continue
+            is_count = name in ('channels', 'groups', 'length', 'tiles')
+            if is_count or name == 'units':
+                signature[name] = 'i32'
+            elif name in ('x', 'grad', 'result'):
+                signature[name] = f'*{activations}'
+            else:
+                signature[name] = '*fp32'
+            if not is_count or name == 'channels':
+                aligned[(i,)] = [['tt.divisibility', 16]]
+        source = ASTSource(kernel, signature, constants, aligned)
+        target = compiler.GPUTarget('cuda', capability, 32)
+        return compile(source, target=target).asm['ptx']
+
+    for last, channels, positions in [(False, 1, 4096), (True, 64, 64)]:
+        tile = dict(
+            UNIT=8, CHANNELS_LAST=last, CHANNELS=channels, POSITIONS=positions
+        )
+        for name in ('_tile_moments', '_affine', '_tile_sums', '_input_grad'):
+            ptx = ptx_of(getattr(fused, name), **tile)
+            assert 'ld.global.v4.b32' in ptx, name
+            assert '.local' not in ptx, f'{name} spills'
+    ptx_of(fused._join_moments, POSITIONS=4096, TILES=16)
+    for name in ('_forward', '_backward'):
+        for per_channel in (False, True):
+            ptx_of(
+                getattr(fused_coefficients, name),
+                EPS=1e-5,
+                PER_CHANNEL=per_channel,
+                SIZE=32,
+            )
 
 
 @needs_cuda
@@ -126,3 +175,68 @@ def test_moments_of_many_positions(mean):
 def test_pieces_cover_activations_larger_than_one(monkeypatch):
     monkeypatch.setattr(kernels.cpu, '_PIECE', 16)
     kernel_parity.run('cpu', 'cpu', examples=60)
+
+
+@pytest.fixture
+def backends(monkeypatch):
+    """Choose anew, among backends that work on this device or do not."""
+    modules = {}
+    monkeypatch.setattr(
+        kernels,
+        'import_module',
+        lambda name, package: modules[name.removeprefix('.')](),
+    )
+    monkeypatch.setitem(kernels._BACKENDS, 'cpu', modules.keys())
+    monkeypatch.setattr(kernels, '_NEEDS_NO_CHECK', ())
+    kernels._first_that_works.cache_clear()
+    yield modules
+    kernels._first_that_works.cache_clear()
+
+
+def test_a_backend_that_does_not_load_is_replaced(backends):
+    def no_triton():
+        raise ImportError('No module named triton')
+
+    backends['fused'] = no_triton
+    backends['cuda'] = lambda: kernels.cpu
+    x = torch.randn(1, 2, 3)
+    with pytest.warns(UserWarning, match="'fused'.*No module named triton"):
+        assert kernels.select(x) is kernels.cpu
+    with warnings.catch_warnings():  # once is enough
+        warnings.simplefilter('error')
+        assert kernels.select(x) is kernels.cpu
+
+
+@pytest.mark.parametrize(
+    'function', ['moments', 'affine', 'reduce', 'input_grad', 'batch_channel']
+)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_a_backend_that_computes_something_else_is_not_used(
+    backends, function, dtype
+):
+    def off_by_little(*args, **kwargs):
+        result = getattr(kernels.cpu, function)(*args, **kwargs)
+        if function == 'batch_channel':
+            scale, shift, pull_back = result
+            return scale, shift * 1.01, pull_back
+        if isinstance(result, torch.Tensor):
+            return result * 1.1
+        return result[0], result[1] * 1.01
+
+    broken = SimpleNamespace(**vars(kernels.cpu))
+    setattr(broken, function, off_by_little)
+    backends['fused'] = lambda: broken
+    x = torch.randn(1, 2, 3).to(dtype)
+    state = torch.random.get_rng_state()
+    with pytest.warns(UserWarning, match='times what rounding allows'):
+        assert kernels.select(x) is kernels.plain
+    assert (torch.random.get_rng_state() == state).all()
+
+
+def test_out_of_memory_is_no_reason_for_slower_kernels(backends):
+    def full():
+        raise torch.cuda.OutOfMemoryError('full')
+
+    backends['fused'] = full
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        kernels.select(torch.randn(1, 2, 3))

@@ -92,7 +92,8 @@ def normalize(
         t.requires_grad for t in (x, *parameters)
     ):
         return _Normalize.apply(x, mean, var, coefficients, *parameters)
-    scale, shift = coefficients(mean, var, *parameters)
+    forward = getattr(coefficients, 'vjp', coefficients)
+    scale, shift = forward(mean, var, *parameters)[:2]
     return kernels.select(x).affine(x, mean, scale, shift)
 
 

@@ -1,11 +1,13 @@
-# DeepLabV3+ from scratch at one image, where BN cannot run: its image pooling
-# leaves a single value per channel. At two it can.
+# DeepLabV3+ from the backbone of a classifier, at one image, where BN cannot
+# run: its image pooling leaves a single value per channel. At two it can.
 task = 'openmmlab'
 common = dict(
     config='configs/digits/deeplabv3plus_r18-slim_bn_1xb1-4k_digits-160x160.py',
-    steps=1000,
+    steps=400,
     batch_size=4,
+    num_train=600,
     num_val=300,
+    pretrained=True,
 )
 blocks = [
     dict(
@@ -15,7 +17,7 @@ blocks = [
     dict(method='BN', images=2),
 ]
 seeds = [0, 1, 2]
-tune = dict(lr=[1e-3, 3e-3], seeds=[100])
+tune = dict(lr=[1e-3, 3e-3, 1e-2], seeds=[100])
 
 report = dict(
     metric='mIoU',

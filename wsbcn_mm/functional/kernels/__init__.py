@@ -10,27 +10,42 @@ has shape (N, C, *), the small tensors have shape (N, C) and the dtype that
 - ``input_grad(grad, x, center, scale, slope, offset) ->
   grad * scale + (x - center) * slope + offset``
 
-There are ``plain`` (the definition), ``cpu``, and for CUDA ``cuda`` (the
-kernels in PyTorch) and ``fused`` (our own in Triton).
+and one for the small tensors, ``batch_channel``, Batch-Channel Normalization's
+coefficients and their gradient.
+
+There are ``plain`` (the definition), ``cpu``, and for CUDA ``fused`` (our own
+in Triton) and ``cuda`` (the kernels in PyTorch).
 """
 
+import warnings
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
 
 from ..transforms import is_transformed
 from . import cpu, cuda, plain
+from .closed_form import Gradient
+from .parity import check_first_use
 from .plain import statistics_dtype
 
-__all__ = ['cpu', 'cuda', 'plain', 'select', 'statistics_dtype', 'use']
+__all__ = [
+    'Gradient',
+    'cpu',
+    'cuda',
+    'plain',
+    'select',
+    'statistics_dtype',
+    'use',
+]
 
-_BACKENDS = {
-    'cpu': cpu,
-    # Neither 'cuda' nor 'fused' has been timed or tested on a GPU so far.
-    # tools/benchmarks/run_all.sh does both: choose by what it says.
-    'cuda': plain,
-}
+# By preference. None of CUDA's has been timed on a GPU so far:
+# tools/benchmarks/run_all.sh does.
+_BACKENDS = {'cpu': ['cpu'], 'cuda': ['fused', 'cuda']}
+_NEEDS_NO_CHECK = ('cpu',)  # PyTorch's own operations
+_CHOSEN = {}  # by use()
 
 
 def select(x: torch.Tensor) -> ModuleType:
@@ -39,15 +54,46 @@ def select(x: torch.Tensor) -> ModuleType:
         # What follows the operations needs the definition, and no kernel
         # copes with nothing.
         return plain
-    return _BACKENDS.get(x.device.type, plain)
+    if x.device.type in _CHOSEN:
+        return _CHOSEN[x.device.type]
+    return _first_that_works(x.device, x.dtype)
+
+
+@lru_cache(maxsize=None)
+def _first_that_works(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend of a device that computes there what the definition does.
+
+    Triton's kernels are compiled at their first use, which takes a C compiler
+    and a version of Triton that supports the device: not every machine has
+    them, and none should end a training for that, or falsify it.
+    """
+    for name in _BACKENDS.get(device.type, []):
+        try:
+            backend = import_module(f'.{name}', __name__)
+            if name not in _NEEDS_NO_CHECK:
+                check_first_use(backend, device, dtype)
+            return backend
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            warnings.warn(
+                f'wsbcn_mm: the {name!r} kernels do not work here for '
+                f'{dtype} on {device}, and slower ones take their place: '
+                f'{type(error).__name__}: {error}',
+                stacklevel=2,
+            )
+    return plain
 
 
 @contextmanager
 def use(device_type: str, backend: ModuleType):
     """Choose a backend for a while: to compare them."""
-    chosen = _BACKENDS.get(device_type, plain)
-    _BACKENDS[device_type] = backend
+    before = _CHOSEN.get(device_type)
+    _CHOSEN[device_type] = backend
     try:
         yield
     finally:
-        _BACKENDS[device_type] = chosen
+        if before is None:
+            del _CHOSEN[device_type]
+        else:
+            _CHOSEN[device_type] = before

@@ -10,7 +10,10 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
+from .closed_form import batch_channel
 from .layout import memory_format
+
+__all__ = ['affine', 'batch_channel', 'input_grad', 'moments', 'reduce']
 
 _TINY = 1e-20
 

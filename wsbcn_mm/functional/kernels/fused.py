@@ -1,10 +1,12 @@
 """Triton kernels for CUDA, one launch a pass, in either layout.
 
-A program has a tile of channels and positions of one sample, and is told by
-strides where it lies. Reductions leave a value a tile, which one more launch
-brings together where a channel has several tiles.
+A program has a tile of channels and positions of one sample. Reductions leave
+a value a tile, which one more launch brings together where a channel has
+several tiles. The coefficients of Batch-Channel Normalization take one launch
+each way, too.
 """
 
+import math
 from typing import Tuple
 
 import torch
@@ -12,18 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fused_coefficients import batch_channel
 from .layout import dense, memory_format
 from .plain import statistics_dtype
+
+__all__ = ['affine', 'batch_channel', 'input_grad', 'moments', 'reduce']
 
 _ELEMENTS = 4096  # of a tile: 32 a thread
 
 
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
-    grid, arguments = _tiles(x)
-    tiles = _empty(x, grid[0])
+    count, grid, arguments = _tiles(x)
+    tiles = _empty(x, count)
     _tile_moments[grid](x, *tiles, **arguments)
-    if grid[0] == 1:
+    if count == 1:
         mean, var = tiles
     else:
         mean, var = _empty(x, 1)
@@ -31,10 +36,10 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
             *tiles,
             mean,
             var,
-            arguments['length'],
-            grid[0],
+            x[0, 0].numel(),
+            count,
             POSITIONS=arguments['POSITIONS'],
-            TILES=triton.next_power_of_2(grid[0]),
+            TILES=triton.next_power_of_2(count),
         )
     return mean.view(x.shape[:2]), var.view(x.shape[:2])
 
@@ -43,7 +48,7 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     x = dense(x)
     result = torch.empty_like(x)
     small = (t.contiguous() for t in (center, scale, shift))
-    grid, arguments = _tiles(x)
+    _, grid, arguments = _tiles(x)
     _affine[grid](x, result, *small, **arguments)
     return result
 
@@ -51,10 +56,10 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     grad = grad.contiguous(memory_format=memory_format(x))
-    grid, arguments = _tiles(x)
-    tiles = _empty(x, grid[0])
+    count, grid, arguments = _tiles(x)
+    tiles = _empty(x, count)
     _tile_sums[grid](grad, x, center.contiguous(), *tiles, **arguments)
-    total, product = tiles.sum(2) if grid[0] > 1 else tiles
+    total, product = tiles.sum(2) if count > 1 else tiles
     return total.view_as(center), product.view_as(center)
 
 
@@ -70,7 +75,7 @@ def input_grad(
     grad = grad.contiguous(memory_format=memory_format(x))
     result = torch.empty_like(x)
     small = (t.contiguous() for t in (center, scale, slope, offset))
-    grid, arguments = _tiles(x)
+    _, grid, arguments = _tiles(x)
     _input_grad[grid](grad, x, result, *small, **arguments)
     return result
 
@@ -81,52 +86,82 @@ def _empty(x: Tensor, tiles: int) -> Tensor:
     return x.new_empty(2, x.shape[0] * x.shape[1], tiles, dtype=dtype)
 
 
-def _tiles(x: Tensor) -> Tuple[Tuple[int, int, int], dict]:
-    """How many there are (of positions, channels, samples), and arguments."""
+def _tiles(x: Tensor) -> Tuple[int, Tuple[int], dict]:
+    """How many a channel has, how many there are, and arguments."""
     samples, channels = x.shape[:2]
     length = x[0, 0].numel()
+    # Told what divides the length, the compiler loads as much at once.
+    unit = math.gcd(length, 16)
     if x.is_contiguous():
-        strides = length, 1
         width = min(triton.next_power_of_2(length), _ELEMENTS)
+        # Rows that it loads one by one take a register for every address.
+        elements = _ELEMENTS if unit > 2 else _ELEMENTS // 4
         height = min(
-            triton.next_power_of_2(channels), max(1, _ELEMENTS // width)
+            triton.next_power_of_2(channels), max(1, elements // width)
         )
     else:
-        strides = 1, channels
         height = min(triton.next_power_of_2(channels), 64)
         width = min(triton.next_power_of_2(length), _ELEMENTS // height)
-    grid = triton.cdiv(length, width), triton.cdiv(channels, height), samples
-    return grid, dict(
-        channels=channels,
-        length=length,
-        channel_stride=strides[0],
-        position_stride=strides[1],
-        CHANNELS=height,
-        POSITIONS=width,
+    count = triton.cdiv(length, width)
+    # One dimension, since the others of a grid end at 65,535.
+    grid = (count * triton.cdiv(channels, height) * samples,)
+    return (
+        count,
+        grid,
+        dict(
+            channels=channels,
+            units=length // unit,
+            UNIT=unit,
+            CHANNELS_LAST=not x.is_contiguous(),
+            CHANNELS=height,
+            POSITIONS=width,
+        ),
     )
 
 
 @triton.jit
 def _place(
     channels,
-    length,
-    channel_stride,
-    position_stride,
+    units,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Rows of the small tensors, offsets into activations, masks of both."""
-    sample = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    offset = (
-        sample * channels * length
-        + channel[:, None].to(tl.int64) * channel_stride
-        + position[None, :] * position_stride
-    )
-    row = sample * channels + channel
+    """A program's tile, their number, rows of small tensors, and where in x.
+
+    That is in two parts, of which the one that every element has is a small
+    number: it takes registers.
+    """
+    length = units * UNIT
+    tiles = tl.cdiv(length, POSITIONS)
+    tile = tl.program_id(0) % tiles
+    block = tl.program_id(0) // tiles  # of channels, of all samples
+    blocks = tl.cdiv(channels, CHANNELS)
+    sample = (block // blocks).to(tl.int64)
+    channel = block % blocks * CHANNELS
+    position = tile * POSITIONS
+    start = sample * channels * length
+    i = tl.arange(0, CHANNELS)[:, None]
+    j = tl.arange(0, POSITIONS)[None, :]
+    if CHANNELS_LAST:
+        start += position.to(tl.int64) * channels + channel
+        offset = j * channels + i
+    else:
+        start += channel.to(tl.int64) * length + position
+        offset = i * length + j
+    channel += tl.arange(0, CHANNELS)
     inside = channel < channels
-    return row, inside, offset, inside[:, None] & (position < length)[None, :]
+    mask = inside[:, None] & (position + j < length)
+    return (
+        tile,
+        tiles,
+        sample * channels + channel,
+        inside,
+        start,
+        offset,
+        mask,
+    )
 
 
 @triton.jit
@@ -135,21 +170,22 @@ def _tile_moments(
     mean,
     var,
     channels,
-    length,
-    channel_stride,
-    position_stride,
+    units,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    row, inside, offset, mask = _place(
-        channels, length, channel_stride, position_stride, CHANNELS, POSITIONS
+    tile, tiles, row, inside, start, offset, mask = _place(
+        channels, units, UNIT, CHANNELS_LAST, CHANNELS, POSITIONS
     )
-    value = tl.load(x + offset, mask, other=0).to(mean.dtype.element_ty)
-    tile = tl.program_id(0)
-    count = tl.minimum(length - tile * POSITIONS, POSITIONS)
+    value = tl.load(x + start + offset, mask, other=0).to(
+        mean.dtype.element_ty
+    )
+    count = tl.minimum(units * UNIT - tile * POSITIONS, POSITIONS)
     center = tl.sum(value, 1) / count
     centered = tl.where(mask, value - center[:, None], 0)
-    out = row * tl.num_programs(0) + tile
+    out = row * tiles + tile
     tl.store(mean + out, center, inside)
     tl.store(var + out, tl.sum(centered * centered, 1) / count, inside)
 
@@ -188,21 +224,21 @@ def _affine(
     scale,
     shift,
     channels,
-    length,
-    channel_stride,
-    position_stride,
+    units,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    row, inside, offset, mask = _place(
-        channels, length, channel_stride, position_stride, CHANNELS, POSITIONS
+    _, _, row, inside, start, offset, mask = _place(
+        channels, units, UNIT, CHANNELS_LAST, CHANNELS, POSITIONS
     )
     c = tl.load(center + row, inside, other=0)[:, None]
     s = tl.load(scale + row, inside, other=0)[:, None]
     t = tl.load(shift + row, inside, other=0)[:, None]
-    value = tl.load(x + offset, mask, other=0).to(c.dtype)
+    value = tl.load(x + start + offset, mask, other=0).to(c.dtype)
     value = (value - c) * s + t
-    tl.store(result + offset, value.to(result.dtype.element_ty), mask)
+    tl.store(result + start + offset, value.to(result.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -213,20 +249,20 @@ def _tile_sums(
     total,
     product,
     channels,
-    length,
-    channel_stride,
-    position_stride,
+    units,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    row, inside, offset, mask = _place(
-        channels, length, channel_stride, position_stride, CHANNELS, POSITIONS
+    tile, tiles, row, inside, start, offset, mask = _place(
+        channels, units, UNIT, CHANNELS_LAST, CHANNELS, POSITIONS
     )
     c = tl.load(center + row, inside, other=0)[:, None]
-    g = tl.load(grad + offset, mask, other=0).to(c.dtype)
-    value = tl.load(x + offset, mask, other=0).to(c.dtype)
+    g = tl.load(grad + start + offset, mask, other=0).to(c.dtype)
+    value = tl.load(x + start + offset, mask, other=0).to(c.dtype)
     # Outside of the mask g is 0, and so is its product with anything.
-    out = row * tl.num_programs(0) + tl.program_id(0)
+    out = row * tiles + tile
     tl.store(total + out, tl.sum(g, 1), inside)
     tl.store(product + out, tl.sum(g * (value - c), 1), inside)
 
@@ -241,20 +277,20 @@ def _input_grad(
     slope,
     shift,
     channels,
-    length,
-    channel_stride,
-    position_stride,
+    units,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    row, inside, offset, mask = _place(
-        channels, length, channel_stride, position_stride, CHANNELS, POSITIONS
+    _, _, row, inside, start, offset, mask = _place(
+        channels, units, UNIT, CHANNELS_LAST, CHANNELS, POSITIONS
     )
     c = tl.load(center + row, inside, other=0)[:, None]
     s = tl.load(scale + row, inside, other=0)[:, None]
     k = tl.load(slope + row, inside, other=0)[:, None]
     t = tl.load(shift + row, inside, other=0)[:, None]
-    g = tl.load(grad + offset, mask, other=0).to(c.dtype)
-    value = tl.load(x + offset, mask, other=0).to(c.dtype)
+    g = tl.load(grad + start + offset, mask, other=0).to(c.dtype)
+    value = tl.load(x + start + offset, mask, other=0).to(c.dtype)
     value = g * s + (value - c) * k + t
-    tl.store(result + offset, value.to(result.dtype.element_ty), mask)
+    tl.store(result + start + offset, value.to(result.dtype.element_ty), mask)

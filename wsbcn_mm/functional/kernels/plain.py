@@ -5,6 +5,17 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
+from .closed_form import batch_channel
+
+__all__ = [
+    'affine',
+    'batch_channel',
+    'input_grad',
+    'moments',
+    'reduce',
+    'statistics_dtype',
+]
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision keeps its statistics in float32."""

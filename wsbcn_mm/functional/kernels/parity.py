@@ -1,0 +1,161 @@
+"""Does a backend compute what the definition does?"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import plain
+from .layout import memory_format
+
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 3e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+_SHAPES = [(2, 6, 5, 7), (1, 2, 67, 71)]  # the latter in several tiles
+
+
+def check_first_use(
+    backend: ModuleType, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise unless a backend works on a device, in both layouts.
+
+    It draws no random numbers: whoever trains with a seed has not asked for
+    this.
+    """
+    for shape in _SHAPES:
+        x, grad = (_waves(shape, step) for step in (1.7, 2.3))
+        x = 2 * x + 1
+        for layout in (torch.contiguous_format, torch.channels_last):
+            check(
+                backend,
+                *(
+                    t.to(device, dtype).contiguous(memory_format=layout)
+                    for t in (x, grad)
+                ),
+            )
+
+
+def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
+    """Raise unless every function is right, to the rounding of its dtype.
+
+    Args:
+        backend (module): What :func:`wsbcn_mm.functional.kernels.select` could
+            give.
+        x, grad (Tensor): Activations and a gradient, of one shape, dtype,
+            device and layout.
+    """
+    wide, wide_grad = (t.double().cpu() for t in (x, grad))
+    large = TOLERANCE[x.dtype]
+    small = TOLERANCE[plain.statistics_dtype(x.dtype)]
+
+    mean, var = plain.moments(wide)
+    std = var.sqrt()
+    center, got_var = backend.moments(x)
+    _close('mean', center, mean, small * (std + mean.abs()))
+    bound = var + std * mean.abs() * 1e-2 + 1e-14
+    _close('var', got_var, var, small * 10 * bound)
+
+    scale, slope, shift = (
+        (_waves(mean.shape, step) / (std + 1e-3)).to(center)
+        for step in (0.7, 1.1, 1.9)
+    )
+    wide_center, wide_scale, wide_slope, wide_shift = (
+        t.double().cpu() for t in (center, scale, slope, shift)
+    )
+    x_size = plain.affine(
+        wide,
+        wide_center,
+        torch.ones_like(wide_center),
+        torch.zeros_like(wide_center),
+    )
+    x_size = x_size.abs().amax()
+
+    result = backend.affine(x, center, scale, shift)
+    size = x_size * wide_scale.abs().max() + wide_shift.abs().max() + 1
+    expected = plain.affine(wide, wide_center, wide_scale, wide_shift)
+    _close('affine', result, expected, large * size)
+    _is_laid_out(result, x)
+
+    sums = backend.reduce(grad, x, center)
+    wide_sums = plain.reduce(wide_grad, wide, wide_center)
+    bound = small * max(x[0, 0].numel(), 1)
+    _close('sum', sums[0], wide_sums[0], bound)
+    _close('product', sums[1], wide_sums[1], bound * (x_size + 1e-6))
+
+    small_tensors = scale, slope, shift
+    result = backend.input_grad(grad, x, center, *small_tensors)
+    expected = plain.input_grad(
+        wide_grad, wide, wide_center, wide_scale, wide_slope, wide_shift
+    )
+    size = (
+        wide_grad.abs().max() * wide_scale.abs().max()
+        + x_size * wide_slope.abs().max()
+        + wide_shift.abs().max()
+    )
+    _close('input_grad', result, expected, large * size)
+    _is_laid_out(result, x)
+    _check_coefficients(backend, center, got_var)
+
+
+def _check_coefficients(
+    backend: ModuleType, mean: Tensor, var: Tensor
+) -> None:
+    channels = mean.shape[1]
+    num_groups = 2 if channels % 2 == 0 else 1
+    for pairs in (num_groups, channels):
+        sizes = (channels, channels, pairs, pairs, channels, channels)
+        *parameters, running_mean, running_var = (
+            (_waves((size,), step) + 1.5).to(mean)
+            for step, size in enumerate(sizes, 1)
+        )
+        grads = [_waves(mean.shape, step).to(mean) for step in (1.3, 2.9)]
+        results = []
+        for module, dtype, device in (
+            (backend, mean.dtype, mean.device),
+            (plain, torch.float64, 'cpu'),
+        ):
+            scale, shift, pull_back = module.batch_channel(
+                *(t.to(device, dtype) for t in (mean, var, *parameters)),
+                running_mean=running_mean.to(device, dtype),
+                running_var=running_var.to(device, dtype),
+                num_groups=num_groups,
+                eps=1e-5,
+            )
+            grad = pull_back(*(t.to(device, dtype) for t in grads))
+            results.append((scale, shift, *grad))
+        for got, expected in zip(*results):
+            bound = TOLERANCE[mean.dtype] * (1 + expected.abs().max())
+            _close('batch_channel', got, expected, bound)
+
+
+def _waves(shape, step: float) -> Tensor:
+    """Numbers that look random enough, in [-1, 1]."""
+    count = torch.Size(shape).numel()
+    index = torch.arange(1, count + 1, dtype=torch.float64)
+    return index.mul(step).sin().view(shape)
+
+
+def _close(name: str, actual: Tensor, expected: Tensor, bound) -> None:
+    if actual.shape != expected.shape:
+        raise RuntimeError(
+            f'{name}: shape {tuple(actual.shape)}, expected '
+            f'{tuple(expected.shape)}'
+        )
+    error = (actual.double().cpu() - expected).abs()
+    if not (error <= bound).all():  # NaN is not, either
+        raise RuntimeError(
+            f'{name}: off by up to {error.max():.2g}, '
+            f'{(error / bound).max():.2g} times what rounding allows'
+        )
+
+
+def _is_laid_out(result: Tensor, x: Tensor) -> None:
+    if result.dtype != x.dtype:
+        raise RuntimeError(f'{result.dtype} from {x.dtype}')
+    if result._base is not None:
+        raise RuntimeError('a view, which breaks the ReLU that follows')
+    if memory_format(result) != memory_format(x):
+        raise RuntimeError(f'{memory_format(result)} from {memory_format(x)}')
