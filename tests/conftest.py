@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from mmengine.registry import DefaultScope
 from processes import Processes
 
 # The same examples every time where a failure would block others; new ones on
@@ -52,6 +53,13 @@ def vectors():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_scope_left():
+    """A Runner's default scope would be the next test's, too."""
+    yield
+    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')

@@ -13,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from wsbcn_mm import BCN
+from wsbcn_mm.functional import kernels
 from wsbcn_mm.functional.kernels.parity import TOLERANCE, check
 
 LAYOUTS = {
@@ -71,6 +73,23 @@ def run(name, device, examples, dtypes=tuple(TOLERANCE)):
     parity()
 
 
+def check_layer(name):
+    """Two steps of a BCN, and one in evaluation, as with the definition."""
+    results = []
+    for module in (kernels.plain, backend(name)):
+        torch.manual_seed(0)
+        norm = BCN(12, num_groups=4, momentum=0.1)
+        x = torch.randn(3, 12, 7, 7, requires_grad=True)
+        with kernels.use('cpu', module):
+            for _ in range(2):
+                norm(x).square().mul(x.detach()).sum().backward()
+            y = norm.eval()(x)
+        parameters = [p.grad for p in norm.parameters()]
+        results.append([y, x.grad, *parameters, *norm.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 if __name__ == '__main__':
     run(sys.argv[1], 'cpu', 30)
+    check_layer(sys.argv[1])
     print('parity holds')
