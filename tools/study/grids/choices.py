@@ -6,7 +6,10 @@ blocks = [
     dict(method='BCN+WS', num_groups=[1, 2, 4, 8, 16], images=images),
     dict(method='GN+WS', num_groups=[1, 2, 4, 8, 16], images=32),
     dict(
-        method='BCN+WS', num_groups=8, channel_affine='channel', images=images
+        method='BCN+WS',
+        num_groups=[1, 8],
+        channel_affine='channel',
+        images=images,
     ),
     dict(method='BCN', num_groups=[2, 8], images=images),
     dict(method='BCN+WS', num_groups=8, zero_init=True, images=images),

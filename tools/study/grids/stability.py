@@ -6,13 +6,19 @@ blocks = [
         method=['BN', 'BN+WS', 'GN+WS', 'BCN+WS', 'BCN-large+WS'],
         lr=[0.1, 0.3, 0.6],
     ),
+    # A group's pair takes the gradients of all its channels, a channel's not.
+    dict(
+        method=['BCN+WS', 'BCN-large+WS'],
+        channel_affine='channel',
+        lr=[0.1, 0.3, 0.6],
+    ),
 ]
 seeds = [0, 1, 2]
 
 report = dict(
     metric='accuracy',
     metric_name='accuracy (%)',
-    rows='method',
+    rows=['method', 'channel_affine'],
     columns='lr',
     columns_name='learning rate',
 )

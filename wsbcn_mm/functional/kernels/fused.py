@@ -90,8 +90,9 @@ def _tiles(x: Tensor) -> Tuple[int, Tuple[int], dict]:
     """How many a channel has, how many there are, and arguments."""
     samples, channels = x.shape[:2]
     length = x[0, 0].numel()
-    # Told what divides the length, the compiler loads as much at once.
-    unit = math.gcd(length, 16)
+    # Told what divides the length, the compiler loads as much at once. That is
+    # all it is told of it: else each size of image would be compiled for.
+    unit = math.gcd(length, 8)
     if x.is_contiguous():
         width = min(triton.next_power_of_2(length), _ELEMENTS)
         # Rows that it loads one by one take a register for every address.
@@ -164,7 +165,7 @@ def _place(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['units'])
 def _tile_moments(
     x,
     mean,
@@ -216,7 +217,7 @@ def _join_moments(
     tl.store(var + row, tl.sum((v + centered * centered) * share, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['units'])
 def _affine(
     x,
     result,
@@ -241,7 +242,7 @@ def _affine(
     tl.store(result + start + offset, value.to(result.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['units'])
 def _tile_sums(
     grad,
     x,
@@ -267,7 +268,7 @@ def _tile_sums(
     tl.store(product + out, tl.sum(g * (value - c), 1), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['units'])
 def _input_grad(
     grad,
     x,
