@@ -64,7 +64,9 @@ class BCN(RunningStatistics, NormBase):
             rather than with the batch's own statistics. Default: True
         channel_affine (str): ``'group'`` for one pair :math:`\gamma,
             \beta` per group, ``'channel'`` for one per channel, which is what
-            a Group Normalization checkpoint holds. Default: ``'group'``
+            a Group Normalization checkpoint holds. A group's pair takes the
+            gradients of all its channels: where groups are large and so is
+            SGD's learning rate, it can turn a layer off. Default: ``'group'``
         momentum_annealing (bool): Whether the rate of the t-th training
             forward is ``max(r, 1 / (1 + t))``, as in mmengine's
             ``MomentumAnnealingEMA``: the estimates begin as averages, and

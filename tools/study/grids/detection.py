@@ -12,7 +12,7 @@ common = dict(
 )
 blocks = [
     dict(method=['BN', 'GN', 'GN+WS', 'BCN+WS', 'MABN+CenConv'], images=1),
-    dict(method=['BN', 'BCN+WS', 'MABN+CenConv'], images=2),
+    dict(method=['BN', 'BCN+WS'], images=2),
 ]
 seeds = [0, 1, 2]
 tune = dict(lr=[3e-4, 1e-3, 3e-3], seeds=[100], at=dict(images={2: 1}))

@@ -315,8 +315,10 @@ class NormalizationMonitorHook(Hook):
             'on the input. A normalization that sees one image (GN) does '
             "this; norm_cfg=dict(type='BCN') with conv_cfg="
             "dict(type='ConvWS') is made against it. With BCN, look for a "
-            'learning rate that is too high or an update rate (momentum) '
-            'that does not fit the images per optimizer step.'
+            'learning rate that is too high, above all for groups of many '
+            "channels with one affine (channel_affine='channel' has one a "
+            'channel), or an update rate (momentum) that does not fit the '
+            'images per optimizer step.'
         )
 
 
