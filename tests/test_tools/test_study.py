@@ -16,7 +16,7 @@ import wsbcn_mm  # noqa: F401
 STUDY = osp.join(osp.dirname(__file__), '..', '..', 'tools', 'study')
 sys.path.insert(0, STUDY)
 
-from study import results  # noqa: E402
+from study import plots, results  # noqa: E402
 from study.cells import Grid, Store, cell_name  # noqa: E402
 from study.micro_batches import normalize_in_micro_batches  # noqa: E402
 
@@ -205,6 +205,18 @@ def test_table_shows_intervals_and_failures(grid, fake_task, tmp_path):
     assert 'ValueError: C cannot run' in text
     rates = results.learning_rates(found, grid.report, grid)
     assert '| C | 2 | 26.90 | 27.00 | 26.90 |' in rates
+
+
+def test_table_of_each_seed(grid, fake_task, tmp_path):
+    store = Store(str(tmp_path / 'cells'))
+    complete(grid, store)
+    found = results.collect(grid, store)
+    spec = dict(grid.report, each_seed=True, digits=1)
+    assert '| A | 10.0, 11.0 | 20.0, 21.0 |' in results.table(
+        found, spec, 'score'
+    )
+    plots.plot_scores(found, spec, ['method'], str(tmp_path / 'seeds.png'))
+    assert results.summarized(spec) == 'each seed'
 
 
 def test_table_says_what_is_missing(grid, fake_task, tmp_path):

@@ -52,8 +52,7 @@ def report(path: str, work_dir: str, out: str) -> str:
     parts = [
         f'# {grid.name}\n',
         results.conditions(found),
-        f'{spec["metric_name"]}, mean over seeds ± half of the 95 % '
-        'interval:\n',
+        f'{spec["metric_name"]}, {results.summarized(spec)}:\n',
         results.table(found, spec, spec['metric']),
     ]
     for metric, name in spec.get('also', {}).items():

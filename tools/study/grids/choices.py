@@ -13,12 +13,22 @@ blocks = [
     ),
     dict(method='BCN', num_groups=[2, 8], images=images),
     dict(method='BCN+WS', num_groups=8, zero_init=True, images=images),
+    dict(
+        method='BCN+WS',
+        num_groups=8,
+        channel_affine='channel',
+        zero_init=True,
+        images=images,
+    ),
+    dict(method=['BN', 'GN+WS'], num_groups=8, zero_init=True, images=32),
 ]
 seeds = [0, 1, 2]
 
 report = dict(
     metric='accuracy',
     metric_name='accuracy (%)',
+    each_seed=True,  # some collapse
+    digits=1,
     rows=['method', 'num_groups', 'channel_affine', 'zero_init'],
     columns='images',
     columns_name='images per normalization batch',

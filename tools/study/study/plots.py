@@ -45,15 +45,16 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
                 y[0] - half[0], y[0] + half[0], color=color, alpha=0.1, lw=0
             )
             continue
-        axes.errorbar(
-            x,
-            y,
-            half,
-            label=name,
-            color=color,
-            marker=MARKERS[i % 10],
-            capsize=3,
-        )
+        style = dict(label=name, color=color, marker=MARKERS[i % 10])
+        if report.get('each_seed'):  # beside each other, unlike a mean
+            dots = [
+                (c * 1.02 ** (i - len(cells) / 2), 100 - v if error else v)
+                for c, summary in points
+                for v in summary.values
+            ]
+            axes.plot(*zip(*dots), linestyle='', alpha=0.8, **style)
+            continue
+        axes.errorbar(x, y, half, capsize=3, **style)
     if min(columns) > 0:
         axes.set_xscale('log', base=2 if _powers_of_two(columns) else 10)
         if _powers_of_two(columns):

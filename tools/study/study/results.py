@@ -88,13 +88,13 @@ class Score(NamedTuple):
     Attributes:
         mean (float | None): None where no seed gave a number.
         half (float | None): By Student's t; None for fewer than two numbers.
-        count (int): Numbers it is made of.
+        values (list[float]): The numbers.
         error (str | None): Why a seed gave none.
     """
 
     mean: Optional[float]
     half: Optional[float]
-    count: int
+    values: List[float]
     error: Optional[str] = None
 
 
@@ -105,15 +105,15 @@ def score(runs: Sequence[dict], metric: str) -> Score:
     values = [r['result'].get(metric) for r in runs if 'result' in r]
     values = [v for v in values if v is not None]
     if not values:
-        return Score(None, None, 0, error)
+        return Score(None, None, [], error)
     mean = sum(values) / len(values)
     if len(values) == 1:
-        return Score(mean, None, 1, error)
+        return Score(mean, None, values, error)
     from scipy.stats import t
 
     variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
     half = t.ppf(0.975, len(values) - 1) * math.sqrt(variance / len(values))
-    return Score(mean, float(half), len(values), error)
+    return Score(mean, float(half), values, error)
 
 
 def by_cell(results: dict, rows: List[str], columns: str) -> Dict:
@@ -155,9 +155,7 @@ def table(results: dict, report: dict, metric: str) -> str:
         texts = []
         for column in columns:
             summary = score(found.get(column, []), metric)
-            texts.append(
-                _text(summary, len(results['seeds']), report.get('digits', 2))
-            )
+            texts.append(_text(summary, len(results['seeds']), report))
             if summary.error and summary.error not in errors:
                 errors.append(summary.error)
         if any(texts):
@@ -172,14 +170,28 @@ def _names(rows) -> List[str]:
     return [rows] if isinstance(rows, str) else list(rows)
 
 
-def _text(summary: Score, seeds: int, digits: int) -> str:
+def summarized(report: dict) -> str:
+    """How a table summarizes seeds.
+
+    Where some trainings collapse, ``each_seed`` says more than a mean.
+    """
+    if report.get('each_seed'):
+        return 'each seed'
+    return 'mean over seeds ± half of the 95 % interval'
+
+
+def _text(summary: Score, seeds: int, report: dict) -> str:
     if summary.mean is None:
         return 'fails' if summary.error else ''
-    text = f'{summary.mean:.{digits}f}'
-    if summary.half is not None:
-        text += f' ± {summary.half:.{digits}f}'
-    if summary.count < seeds:
-        text += f' ({summary.count} of {seeds} runs)'
+    digits = report.get('digits', 2)
+    if report.get('each_seed'):
+        text = ', '.join(f'{v:.{digits}f}' for v in summary.values)
+    else:
+        text = f'{summary.mean:.{digits}f}'
+        if summary.half is not None:
+            text += f' ± {summary.half:.{digits}f}'
+    if len(summary.values) < seeds:
+        text += f' ({len(summary.values)} of {seeds} runs)'
     return text
 
 
@@ -205,7 +217,7 @@ def learning_rates(results: dict, report: dict, grid: Grid) -> str:
             _text(
                 score(by_rate.get(rate, []), report['metric']),
                 len(grid.tune['seeds']),
-                report.get('digits', 2),
+                report,
             )
             for rate in rates
         ]
