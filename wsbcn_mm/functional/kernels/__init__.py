@@ -60,6 +60,7 @@ def select(x: torch.Tensor) -> ModuleType:
 
 
 @lru_cache(maxsize=None)
+@torch.no_grad()
 def _first_that_works(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend of a device that computes there what the definition does.
 

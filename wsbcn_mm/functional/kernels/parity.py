@@ -134,7 +134,8 @@ def _check_coefficients(
 def _waves(shape, step: float) -> Tensor:
     """Numbers that look random enough, in [-1, 1]."""
     count = torch.Size(shape).numel()
-    index = torch.arange(1, count + 1, dtype=torch.float64)
+    # On the CPU, whatever a `with torch.device(...)` around this says.
+    index = torch.arange(1, count + 1, dtype=torch.float64, device='cpu')
     return index.mul(step).sin().view(shape)
 
 
