@@ -23,6 +23,7 @@ from typing import List
 
 from mmengine.config import Config
 from mmengine.runner import Runner
+from torch import nn
 
 from wsbcn_mm import micro_batch_model
 
@@ -41,6 +42,7 @@ DEFAULTS = dict(
     num_groups=4,
     update_rate=None,
     channel_affine='group',
+    image_pool=None,
     spread=0.5,
     num_train=300,
     num_val=300,
@@ -219,11 +221,21 @@ def build_config(settings: dict, work_dir: str) -> Config:
     return cfg
 
 
+def _pool_with_group_norm(head: nn.Module) -> None:
+    """Give the image pooling of DeepLab, which no config reaches, a GN."""
+    convolution = head.image_pool[1]
+    norm = convolution.norm
+    group_norm = nn.GroupNorm(norm.num_groups, norm.num_channels)
+    setattr(convolution, convolution.norm_name, group_norm)
+
+
 def run(settings: dict) -> dict:
     """Train, and evaluate with the library's own metric."""
     settings = {**DEFAULTS, **settings}
     with tempfile.TemporaryDirectory() as work_dir:
         runner = Runner.from_cfg(build_config(settings, work_dir))
+        if settings['image_pool'] == 'GN':
+            _pool_with_group_norm(runner.model.decode_head)
         runner.train()
         scalars = runner.message_hub.log_scalars
     metrics = {

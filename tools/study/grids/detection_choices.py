@@ -1,0 +1,12 @@
+# The output affine and the update rate in detection_pretrained.py, whose BCN
+# has an affine per group and r = 0.00625.
+_base_ = './detection_pretrained.py'
+bcn = dict(method='BCN+WS', images=1, lr=3e-3)
+blocks = [
+    bcn,
+    dict(bcn, channel_affine='channel'),
+    dict(bcn, update_rate=[0.02, 0.06]),
+]
+tune = None
+
+report = dict(rows=['method', 'channel_affine', 'update_rate'])
