@@ -132,9 +132,9 @@ def by_cell(results: dict, rows: List[str], columns: str) -> Dict:
 
 
 def row_name(names: List[str], row: tuple) -> str:
-    """A row's label: its values, those that need it with their name."""
+    """A row's label: its values, but for what is one's name with theirs."""
     return ', '.join(
-        str(v) if isinstance(v, str) else f'{n} {v}'
+        str(v) if n in ('method', 'variant') else f'{n} {v}'
         for n, v in zip(names, row)
         if v is not None
     )
