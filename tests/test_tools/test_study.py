@@ -430,19 +430,20 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
     from study.tasks import openmmlab
 
     monkeypatch.chdir(tmp_path)
-    openmmlab.prepare([MINIATURE])
 
-    def record(name, method):
+    def record(name, method, **settings):
         grid = Grid(osp.join(STUDY, 'grids', f'{name}.py'))
-        cell = {**grid.cells[0], **MINIATURE, 'method': method}
+        cell = {**grid.cells[0], **MINIATURE, 'method': method, **settings}
+        openmmlab.prepare([cell])
         return run_cell(cell, str(tmp_path / 'cells')), grid.report['metric']
 
     detection, metric = record('detection', 'BCN+WS')
     assert 'error' not in detection, detection['traceback']
     assert 0 <= detection['result'][metric] <= 1
-    segmentation, metric = record('segmentation', 'BCN+WS')
-    assert 'error' not in segmentation, segmentation['traceback']
-    assert 0 <= segmentation['result'][metric] <= 100
+    for pool in (None, 'GN'):
+        found, metric = record('segmentation', 'BCN+WS', image_pool=pool)
+        assert 'error' not in found, found['traceback']
+        assert 0 <= found['result'][metric] <= 100
     for method in ('BN-frozen', 'GN+WN'):
         cell = dict(MINIATURE, method=method, pretrained=True)
         openmmlab.prepare([cell])
