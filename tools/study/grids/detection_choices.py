@@ -6,6 +6,7 @@ blocks = [
     bcn,
     dict(bcn, channel_affine='channel'),
     dict(bcn, update_rate=[0.02, 0.06]),
+    dict(bcn, channel_affine='channel', update_rate=0.06),
 ]
 tune = None
 
