@@ -49,13 +49,7 @@ class BatchChannelCoefficients:
     ) -> Tuple[Tensor, Tensor]:
         """``scale`` and ``shift``: batch weight and bias, weight and bias."""
         return batch_channel_coefficients(
-            mean,
-            var,
-            *parameters,
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            num_groups=self.num_groups,
-            eps=self.eps,
+            mean, var, *parameters, **self._constants()
         )
 
     def vjp(
@@ -63,9 +57,12 @@ class BatchChannelCoefficients:
     ) -> kernels.Gradient:
         """``scale``, ``shift``, and from their gradients those of the rest."""
         return kernels.select(mean).batch_channel(
-            mean,
-            var,
-            *parameters,
+            mean, var, *parameters, **self._constants()
+        )
+
+    def _constants(self) -> dict:
+        # Not vars(self), which torch.compile does not follow.
+        return dict(
             running_mean=self.running_mean,
             running_var=self.running_var,
             num_groups=self.num_groups,
