@@ -1,8 +1,10 @@
 import os
 import os.path as osp
 import shutil
+import sys
+import zlib
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = osp.dirname(osp.abspath(__file__))
@@ -51,6 +53,30 @@ class BuildWithMim(build_py):
                 shutil.copy(source, target)
 
 
+def extensions() -> list:
+    """The kernels for processors: plain C functions, a second to compile.
+
+    Optional, so without a compiler the package installs all the same, and
+    runs on PyTorch's own operations. OpenMP comes with torch, so nothing is
+    linked: a second copy of it would have threads of its own.
+    """
+    if sys.platform != 'linux':
+        return []
+    source = osp.join('wsbcn_mm', 'functional', 'kernels', 'compiled.cpp')
+    with open(osp.join(HERE, source), 'rb') as f:
+        checksum = zlib.crc32(f.read())
+    return [
+        Extension(
+            'wsbcn_mm.functional.kernels._compiled',
+            sources=[source],
+            define_macros=[('WSBCN_MM_CHECKSUM', str(checksum))],
+            extra_compile_args=['-O3', '-std=c++14', '-fopenmp'],
+            language='c++',
+            optional=True,
+        )
+    ]
+
+
 setup(
     name='wsbcn_mm',
     version=version(),
@@ -62,6 +88,8 @@ setup(
     license_files=['LICENSE'],
     keywords='computer vision, object detection, segmentation, normalization',
     packages=find_packages(include=['wsbcn_mm', 'wsbcn_mm.*']),
+    package_data={'wsbcn_mm.functional.kernels': ['compiled.cpp']},
+    ext_modules=extensions(),
     cmdclass=dict(build_py=BuildWithMim),
     python_requires='>=3.9',
     # torch, mmengine and mmcv are checked at import instead: OpenMMLab's

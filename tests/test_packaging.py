@@ -1,5 +1,6 @@
 """A wheel must carry all that a checkout has, and imports must explain."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -10,10 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
+def build_wheel(folder, **env):
     # A copy, since a build leaves its traces in the source folder.
-    folder = tmp_path_factory.mktemp('wheel')
     source = folder / 'source'
     files = subprocess.run(
         ['git', 'ls-files', '-co', '--exclude-standard'],
@@ -30,9 +29,15 @@ def wheel(tmp_path_factory):
         [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps']
         + ['--no-build-isolation', '-w', str(folder), str(source)],
         check=True,
+        env={**os.environ, **env},
     )
     (path,) = folder.glob('*.whl')
     return path
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    return build_wheel(tmp_path_factory.mktemp('wheel'))
 
 
 def test_a_wheel_works_outside_the_checkout(wheel, tmp_path):
@@ -58,6 +63,17 @@ assert Config.fromfile('mine.py').model.type == 'MaskRCNN'
         cwd=tmp_path,
         env={'PYTHONPATH': str(tmp_path / 'site'), 'PATH': '/usr/bin:/bin'},
     )
+
+
+def test_a_wheel_brings_its_kernels_where_there_is_a_compiler(wheel, tmp_path):
+    def libraries(wheel):
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+        assert 'wsbcn_mm/functional/kernels/compiled.cpp' in names
+        return [name for name in names if name.endswith('.so')]
+
+    assert len(libraries(wheel)) == 1
+    assert libraries(build_wheel(tmp_path, CC='false', CXX='false')) == []
 
 
 def test_a_wheel_depends_on_neither_stack(wheel):

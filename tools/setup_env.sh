@@ -58,7 +58,8 @@ forgotten=(ftfy regex "$setuptools")
 
 # Everything the environment depends on, in one line: unchanged, nothing to do.
 inputs="$STACK torch $TORCH_VERSION $TORCHVISION_VERSION $mmcv ${libraries[*]}
-cuda ${WITH_CUDA:-auto} $(cksum <setup.py) $(cksum <tools/setup_env.sh) $PWD"
+cuda ${WITH_CUDA:-auto} $PWD $(cksum setup.py tools/setup_env.sh \
+    wsbcn_mm/functional/kernels/compiled.cpp)"
 stamp=$VENV/.wsbcn_mm_env
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$inputs" ]; then
     echo "Environment $VENV is up to date."

@@ -12,6 +12,7 @@ from wsbcn_mm.functional import (
     normalize,
 )
 from wsbcn_mm.functional.engine import _definition
+from wsbcn_mm.functional.kernels import compiled
 
 
 def coefficients(mean, var, weight, bias):
@@ -64,7 +65,7 @@ def test_any_part_may_be_without_a_gradient(wanted, create_graph):
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize('backend', [kernels.plain, kernels.cpu])
+@pytest.mark.parametrize('backend', [kernels.plain, kernels.cpu, compiled])
 @pytest.mark.parametrize('mean', [0.0, 1e3])
 def test_a_mean_far_from_zero(backend, mean):
     x = (torch.randn(2, 4, 40, 50) * 0.5 + mean).requires_grad_()

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -10,15 +11,63 @@ import pytest
 import torch
 
 from wsbcn_mm.functional import kernels
+from wsbcn_mm.functional.kernels import compiled
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason='needs a CUDA GPU: none here'
 )
 
 
-@pytest.mark.parametrize('name', ['plain', 'cpu'])
+@pytest.mark.parametrize('name', ['plain', 'cpu', 'compiled'])
 def test_parity_on_cpu(name):
     kernel_parity.run(name, 'cpu', examples=60)
+
+
+def test_a_layer_on_compiled_kernels():
+    kernel_parity.check_layer('compiled')
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 200, 304), (37, 50, 7, 7)])
+def test_compiled_kernels_say_the_same_with_any_number_of_threads(shape):
+    torch.manual_seed(0)
+    x, grad = torch.randn(shape), torch.randn(shape)
+    small = torch.randn(4, *shape[:2])
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                [
+                    *compiled.moments(x),
+                    compiled.affine(x, *small[:3]),
+                    *compiled.reduce(grad, x, small[0]),
+                    compiled.input_grad(grad, x, *small),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
+def test_compiled_kernels_say_what_is_not_finite():
+    x = torch.randn(2, 3, 5, 50)
+    x[0, 1, 2, 3] = torch.inf
+    x[1, 2, 3, 4] = torch.nan
+    mean, var = compiled.moments(x)
+    bad = torch.tensor([[False, True, False], [False, False, True]])
+    assert torch.equal(~mean.isfinite(), bad)
+    assert torch.equal(var.isnan(), bad)
+
+
+def test_kernels_compiled_from_another_source_are_not_used(
+    tmp_path, monkeypatch
+):
+    (library,) = compiled._SOURCE.parent.glob('_compiled.*so')
+    shutil.copy(library, tmp_path)
+    monkeypatch.setattr(compiled, '_SOURCE', tmp_path / 'compiled.cpp')
+    compiled._SOURCE.write_text('// edited')
+    with pytest.raises(ImportError, match='install the package again'):
+        compiled._load()
 
 
 def test_parity_of_triton_kernels_in_the_interpreter():
@@ -142,7 +191,7 @@ def test_cuda_kernels_divide_by_no_scale_of_zero(formulas):
 
 def test_select_takes_the_definition_where_operations_are_followed():
     x = torch.randn(1, 2, 3)
-    assert kernels.select(x) is kernels.cpu
+    assert kernels.select(x) is compiled
     assert kernels.select(torch.empty(0, 2, 3)) is kernels.plain
     seen = []
     torch.func.vmap(lambda x: seen.append(kernels.select(x)) or x)(x)
@@ -156,17 +205,18 @@ def test_use_is_undone():
     with pytest.raises(KeyError), kernels.use('cpu', kernels.plain):
         assert kernels.select(x) is kernels.plain
         raise KeyError
-    assert kernels.select(x) is kernels.cpu
+    assert kernels.select(x) is compiled
 
 
+@pytest.mark.parametrize('backend', [kernels.cpu, compiled])
 @pytest.mark.parametrize('mean', [0, 1, 5, 30, 1e3])
-def test_moments_of_many_positions(mean):
+def test_moments_of_many_positions(mean, backend):
     """Whichever way the CPU takes for a mean that far from zero."""
     torch.manual_seed(0)
     x = torch.randn(1, 3, 200, 304) * torch.tensor([1, 2, 3]).view(3, 1, 1)
     x += mean
     wide_mean, wide_var = kernels.plain.moments(x.double())
-    got_mean, got_var = kernels.cpu.moments(x)
+    got_mean, got_var = backend.moments(x)
     std = wide_var.sqrt()
     assert ((got_mean - wide_mean).abs() < 2e-6 * (std + mean)).all()
     assert ((got_var - wide_var).abs() < 2e-5 * wide_var).all()
@@ -232,6 +282,29 @@ def test_a_backend_that_computes_something_else_is_not_used(
     with pytest.warns(UserWarning, match='times what rounding allows'):
         assert kernels.select(x) is kernels.plain
     assert (torch.random.get_rng_state() == state).all()
+
+
+def test_kernels_that_were_not_compiled_are_not_missed(backends, monkeypatch):
+    monkeypatch.setattr(compiled, 'is_built', False)
+    backends['compiled'] = lambda: compiled
+    backends['cpu'] = lambda: kernels.cpu
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert kernels.select(torch.randn(1, 2, 3)) is kernels.cpu
+
+
+@pytest.mark.parametrize('index', range(5))
+def test_a_wrong_backward_is_not_used(backends, index):
+    def off_by_little(*args, **kwargs):
+        grads = list(compiled.batch_channel_backward(*args, **kwargs))
+        grads[index] = grads[index] * 1.01
+        return grads
+
+    broken = SimpleNamespace(**vars(compiled))
+    broken.batch_channel_backward = off_by_little
+    backends['compiled'] = lambda: broken
+    with pytest.warns(UserWarning, match='grad of .* off by'):
+        assert kernels.select(torch.randn(1, 2, 3)) is kernels.plain
 
 
 def test_out_of_memory_is_no_reason_for_slower_kernels(backends):

@@ -53,7 +53,10 @@ LAYERS = {
     'BCN textbook': TextbookBCN,
     "BCN authors' form": AuthorsBCN,
 }
-BACKENDS = {'cpu': ['plain', 'cpu'], 'cuda': ['plain', 'cuda', 'fused']}
+BACKENDS = {
+    'cpu': ['plain', 'cpu', 'compiled'],
+    'cuda': ['plain', 'cuda', 'fused'],
+}
 FORMATS = {
     'contiguous': torch.contiguous_format,
     'channels_last': torch.channels_last,

@@ -1,7 +1,7 @@
 """Batch-Channel Normalization's coefficients, and their gradient."""
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Optional, Tuple
 
 from torch import Tensor
 
@@ -58,6 +58,25 @@ class BatchChannelCoefficients:
         """``scale``, ``shift``, and from their gradients those of the rest."""
         return kernels.select(mean).batch_channel(
             mean, var, *parameters, **self._constants()
+        )
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        *parameters: Tensor,
+    ) -> Optional[Tuple[Tensor, ...]]:
+        """The gradients of ``x`` and of the parameters, all at once.
+
+        None where no kernel does that for such an ``x``.
+        """
+        kernel = kernels.select(x)
+        if not hasattr(kernel, 'batch_channel_backward'):
+            return None
+        return kernel.batch_channel_backward(
+            grad, x, mean, var, *parameters, **self._constants()
         )
 
     def _constants(self) -> dict:

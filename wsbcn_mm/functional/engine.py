@@ -12,7 +12,6 @@ tensors.
 would lose all its digits where the mean is large against the spread.
 """
 
-import math
 from functools import partial
 from typing import Callable, Tuple
 
@@ -71,7 +70,8 @@ def normalize(
         coefficients (Callable): A differentiable, pure function of the
             moments and the parameters to ``(scale, shift)``. With a method
             ``vjp`` (:class:`BatchChannelCoefficients` has one) it is not
-            differentiated by autograd.
+            differentiated by autograd, and with one ``backward`` neither are
+            the passes of a backward taken one by one.
         *parameters (Tensor): What the coefficients depend on besides.
 
     Shape:
@@ -142,7 +142,7 @@ class _Normalize(torch.autograd.Function):
         # Parameters, to be told if one is edited before the backward pass.
         ctx.save_for_backward(x, *parameters)
         ctx.coefficients = coefficients
-        ctx.mean, ctx.scale = mean, scale
+        ctx.mean, ctx.var, ctx.scale = mean, var, scale
         return kernels.select(x).affine(x, mean, scale, shift)
 
     @staticmethod
@@ -153,25 +153,22 @@ class _Normalize(torch.autograd.Function):
             return _Normalize._differentiable_backward(
                 ctx, grad, x, parameters, wanted
             )
-        kernel = kernels.select(x)
-        mean, scale = ctx.mean, ctx.scale
-        grad_shift, grad_scale = kernel.reduce(grad, x, mean)
-        grad_mean, grad_var, *grad_parameters = ctx.pull_back(
-            grad_scale, grad_shift
-        )
-        grad_x = None
-        if wanted[0]:
-            length = max(math.prod(x.shape[2:]), 1)
-            # The centre is the mean as well: d/dm of (x - m) * scale.
-            offset = torch.addcmul(grad_mean, scale, grad_shift, value=-1)
-            grad_x = kernel.input_grad(
-                grad,
-                x,
-                mean,
-                scale,
-                grad_var * (2 / length),
-                offset / length,
+        if wanted[0] and hasattr(ctx.coefficients, 'backward'):
+            grads = ctx.coefficients.backward(
+                grad, x, ctx.mean, ctx.var, *parameters
             )
+            if grads is not None:
+                grad_x, *grad_parameters = grads
+                return grad_x, None, None, None, *grad_parameters
+        grad_x, *grad_parameters = kernels.backward(
+            kernels.select(x),
+            grad,
+            x,
+            ctx.mean,
+            ctx.scale,
+            ctx.pull_back,
+            wanted[0],
+        )
         return grad_x, None, None, None, *grad_parameters
 
     @staticmethod

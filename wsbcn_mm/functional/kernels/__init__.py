@@ -11,10 +11,12 @@ has shape (N, C, *), the small tensors have shape (N, C) and the dtype that
   grad * scale + (x - center) * slope + offset``
 
 and one for the small tensors, ``batch_channel``, Batch-Channel Normalization's
-coefficients and their gradient.
+coefficients and their gradient. It may have ``batch_channel_backward`` too,
+a whole backward pass that reads memory less often than :func:`backward`.
 
-There are ``plain`` (the definition), ``cpu``, and for CUDA ``fused`` (our own
-in Triton) and ``cuda`` (the kernels in PyTorch).
+There are ``plain``, the definition; for processors ``compiled``, our own in
+C++, and ``cpu``, PyTorch's operations; for CUDA ``fused``, our own in Triton,
+and ``cuda``, PyTorch's kernels.
 """
 
 import warnings
@@ -29,10 +31,12 @@ from ..transforms import is_transformed
 from . import cpu, cuda, plain
 from .closed_form import Gradient
 from .parity import check_first_use
+from .passes import backward
 from .plain import statistics_dtype
 
 __all__ = [
     'Gradient',
+    'backward',
     'cpu',
     'cuda',
     'plain',
@@ -43,7 +47,7 @@ __all__ = [
 
 # By preference. None of CUDA's has been timed on a GPU so far:
 # tools/benchmarks/run_all.sh does.
-_BACKENDS = {'cpu': ['cpu'], 'cuda': ['fused', 'cuda']}
+_BACKENDS = {'cpu': ['compiled', 'cpu'], 'cuda': ['fused', 'cuda']}
 _NEEDS_NO_CHECK = ('cpu',)  # PyTorch's own operations
 _CHOSEN = {}  # by use()
 
@@ -71,6 +75,8 @@ def _first_that_works(device: torch.device, dtype: torch.dtype) -> ModuleType:
     for name in _BACKENDS.get(device.type, []):
         try:
             backend = import_module(f'.{name}', __name__)
+            if not getattr(backend, 'is_built', True):
+                continue
             if name not in _NEEDS_NO_CHECK:
                 check_first_use(backend, device, dtype)
             return backend

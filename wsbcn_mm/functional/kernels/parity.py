@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import plain
 from .layout import memory_format
+from .passes import backward
 
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -91,11 +92,11 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
     )
     _close('input_grad', result, expected, large * size)
     _is_laid_out(result, x)
-    _check_coefficients(backend, center, got_var)
+    _check_batch_channel(backend, x, grad, center, got_var)
 
 
-def _check_coefficients(
-    backend: ModuleType, mean: Tensor, var: Tensor
+def _check_batch_channel(
+    backend: ModuleType, x: Tensor, grad: Tensor, mean: Tensor, var: Tensor
 ) -> None:
     channels = mean.shape[1]
     num_groups = 2 if channels % 2 == 0 else 1
@@ -105,6 +106,8 @@ def _check_coefficients(
             (_waves((size,), step) + 1.5).to(mean)
             for step, size in enumerate(sizes, 1)
         )
+        inputs = [mean, var, *parameters]
+        constants = dict(num_groups=num_groups, eps=1e-5)
         grads = [_waves(mean.shape, step).to(mean) for step in (1.3, 2.9)]
         results = []
         for module, dtype, device in (
@@ -112,17 +115,41 @@ def _check_coefficients(
             (plain, torch.float64, 'cpu'),
         ):
             scale, shift, pull_back = module.batch_channel(
-                *(t.to(device, dtype) for t in (mean, var, *parameters)),
+                *(t.to(device, dtype) for t in inputs),
                 running_mean=running_mean.to(device, dtype),
                 running_var=running_var.to(device, dtype),
-                num_groups=num_groups,
-                eps=1e-5,
+                **constants,
             )
-            grad = pull_back(*(t.to(device, dtype) for t in grads))
-            results.append((scale, shift, *grad))
+            grads_of = pull_back(*(t.to(device, dtype) for t in grads))
+            results.append((scale, shift, *grads_of))
         for got, expected in zip(*results):
             bound = TOLERANCE[mean.dtype] * (1 + expected.abs().max())
             _close('batch_channel', got, expected, bound)
+        if not hasattr(backend, 'batch_channel_backward'):
+            continue
+        got = backend.batch_channel_backward(
+            grad,
+            x,
+            *inputs,
+            running_mean=running_mean,
+            running_var=running_var,
+            **constants,
+        )
+        if got is None:
+            continue
+        # The definition's scale and pull_back: it was the last of the two.
+        wide_grad, wide, center = (t.double().cpu() for t in (grad, x, mean))
+        expected = backward(plain, wide_grad, wide, center, scale, pull_back)
+        deviation = plain.affine(wide, center, scale, torch.zeros_like(scale))
+        size = wide_grad.abs().max() * (scale.abs().max() + 1)
+        bound = 4 * TOLERANCE[x.dtype] * (expected[0].abs().max() + size)
+        _close('grad of x', got[0], expected[0], bound)
+        _is_laid_out(got[0], x)
+        size = wide_grad.abs().max() * (deviation.abs().max() + 1)
+        size = size * x.numel() / channels
+        for actual, wanted in zip(got[1:], expected[1:]):
+            bound = 4 * TOLERANCE[mean.dtype] * (wanted.abs().max() + size)
+            _close('grad of a parameter', actual, wanted, bound)
 
 
 def _waves(shape, step: float) -> Tensor:
