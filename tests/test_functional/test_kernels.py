@@ -83,6 +83,9 @@ def test_parity_of_triton_kernels_in_the_interpreter():
     )
 
 
+_COUNTS = ('channels', 'groups', 'length', 'samples', 'tiles')
+
+
 @pytest.mark.parametrize('activations', ['fp32', 'fp16', 'bf16'])
 @pytest.mark.parametrize('capability', [80, 90])
 def test_triton_kernels_compile_without_a_gpu(capability, activations):
@@ -98,9 +101,11 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
             if name in constants:
                 signature[name] = 'constexpr'
                 continue
-            is_count = name in ('channels', 'groups', 'length', 'tiles')
+            is_count = name in _COUNTS
             if is_count or name == 'units':
                 signature[name] = 'i32'
+            elif name == 'count':
+                signature[name] = '*i64'
             elif name in ('x', 'grad', 'result'):
                 signature[name] = f'*{activations}'
             else:
@@ -120,14 +125,27 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
             assert 'ld.global.v4.b32' in ptx, name
             assert '.local' not in ptx, f'{name} spills'
     ptx_of(fused._join_moments, POSITIONS=4096, TILES=16)
-    for name in ('_forward', '_backward'):
-        for per_channel in (False, True):
-            ptx_of(
-                getattr(fused_coefficients, name),
-                EPS=1e-5,
-                PER_CHANNEL=per_channel,
-                SIZE=32,
+    for per_channel in (False, True):
+        group = dict(EPS=1e-5, PER_CHANNEL=per_channel, SIZE=32)
+        for name in ('_forward', '_backward'):
+            ptx_of(getattr(fused_coefficients, name), **group)
+        for last in (False, True):
+            ptx = ptx_of(
+                fused_coefficients._whole_backward,
+                UNIT=4,
+                CHANNELS_LAST=last,
+                POSITIONS=128,
+                **group,
             )
+            assert '.local' not in ptx
+    for annealing in (False, True):
+        ptx_of(
+            fused_coefficients._move_estimates,
+            MOMENTUM=0.01,
+            ANNEALING=annealing,
+            SAMPLES=32,
+            CHANNELS=32,
+        )
 
 
 @needs_cuda
@@ -297,7 +315,7 @@ def test_kernels_that_were_not_compiled_are_not_missed(backends, monkeypatch):
 def test_a_wrong_backward_is_not_used(backends, index):
     def off_by_little(*args, **kwargs):
         grads = list(compiled.batch_channel_backward(*args, **kwargs))
-        grads[index] = grads[index] * 1.01
+        grads[index] = grads[index] * 1.01 + 0.01
         return grads
 
     broken = SimpleNamespace(**vars(compiled))

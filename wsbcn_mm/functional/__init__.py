@@ -8,9 +8,9 @@ from .coefficients import (
     group_coefficients,
     group_statistics,
     large_batch_channel_coefficients,
-    updated_estimates,
 )
-from .engine import moments, normalize
+from .engine import moments, moved_estimates, normalize
+from .estimates import rate_of_forward, updated_estimates
 from .mabn import moving_average_coefficients
 from .shared_weight import SharedWeight
 from .transforms import is_transformed, snapshot
@@ -29,9 +29,11 @@ __all__ = [
     'is_transformed',
     'large_batch_channel_coefficients',
     'moments',
+    'moved_estimates',
     'moving_average_coefficients',
     'normalize',
     'normalize_weight',
+    'rate_of_forward',
     'snapshot',
     'standardize_weight',
     'updated_estimates',

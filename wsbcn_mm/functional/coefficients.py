@@ -6,7 +6,6 @@ Each takes the moments ``mean`` and ``var``, shape (N, C), first and returns
 
 from typing import Callable, Optional, Tuple
 
-import torch
 from torch import Tensor
 
 Statistics = Callable[[Tensor, Tensor], Tuple[Tensor, Tensor]]
@@ -178,29 +177,3 @@ def group_statistics(
     """
     mean, var = (t.unflatten(0, (num_groups, -1)) for t in (mean, var))
     return batch_statistics(mean.t(), var.t())
-
-
-def updated_estimates(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, rate
-) -> Tuple[Tensor, Tensor]:
-    r"""Move estimates by a share ``rate`` towards a batch's statistics.
-
-    .. math::
-        \mu \leftarrow \mu + r (m - \mu), \qquad
-        \sigma^2 \leftarrow \sigma^2 + r (v - \sigma^2)
-
-    A channel with an infinite or NaN statistic keeps its estimates: one
-    overflow in float16 must not poison them for good.
-
-    Args:
-        running_mean, running_var (Tensor): The old estimates, shape (C,).
-        mean, var (Tensor): The batch's statistics, shape (C,).
-        rate (float | Tensor): The update rate r.
-    """
-    new_mean = torch.lerp(running_mean, mean, rate)
-    new_var = torch.lerp(running_var, var, rate)
-    good = (new_mean + new_var) * 0 == 0  # neither infinite nor NaN
-    return (
-        torch.where(good, new_mean, running_mean),
-        torch.where(good, new_var, running_var),
-    )

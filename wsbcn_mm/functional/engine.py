@@ -49,6 +49,19 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return kernels.select(x).moments(x.detach())
 
 
+def moved_estimates(
+    mean: Tensor, var: Tensor, **settings
+) -> Tuple[Tensor, Tensor]:
+    """Estimates after a batch with these moments.
+
+    Args:
+        mean, var (Tensor): ``moments(x)``.
+        **settings: Those of :func:`estimates.estimates_from_moments`, which
+            is the definition.
+    """
+    return kernels.select(mean).moved_estimates(mean, var, **settings)
+
+
 def normalize(
     x: Tensor,
     mean: Tensor,

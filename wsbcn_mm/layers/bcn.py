@@ -191,6 +191,8 @@ class BCN(RunningStatistics, NormBase):
         self, batch: Batch, mean: Tensor, var: Tensor
     ) -> Tuple[Tensor, Tensor]:
         """Move the estimates towards a batch's moments."""
+        if self.estimate and isinstance(batch, Batch):
+            return self._learn_moments(mean, var)
         if self.estimate:  # squares about the old mean, as the authors do
             old_mean = self.running_mean.to(mean.dtype)
             new_mean, new_var = batch.statistics(mean, var, old_mean)

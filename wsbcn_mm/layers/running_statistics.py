@@ -6,7 +6,12 @@ from typing import Tuple, Union
 import torch
 from torch import Tensor
 
-from ..functional import snapshot, updated_estimates
+from ..functional import (
+    moved_estimates,
+    rate_of_forward,
+    snapshot,
+    updated_estimates,
+)
 
 
 class RunningStatistics:
@@ -47,13 +52,13 @@ class RunningStatistics:
         if count == 0 and not is_new:
             count.fill_(math.ceil(1 / self.momentum))
 
-    def _rate(self, count: Tensor, dtype: torch.dtype) -> Union[float, Tensor]:
-        """The update rate of the training forward of this number, from 1."""
-        if self.momentum is None:
-            return count.to(dtype).reciprocal()
-        if self.momentum_annealing:
-            return (count.to(dtype) + 1).reciprocal().clamp(min=self.momentum)
-        return self.momentum
+    def _rate(self) -> dict:
+        """What makes the update rate of a forward."""
+        return dict(
+            count=self.num_batches_tracked,
+            momentum=self.momentum,
+            annealing=self.momentum_annealing,
+        )
 
     def _estimates(self, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
         # Copies: a layer that is shared between levels runs again, and
@@ -78,21 +83,43 @@ class RunningStatistics:
             tuple[Tensor]: The new estimates, in the dtype of statistics.
         """
         self.num_batches_tracked += is_filled
-        rate = self._rate(self.num_batches_tracked, mean.dtype)
+        rate = rate_of_forward(**self._rate(), dtype=mean.dtype)
         if isinstance(is_filled, Tensor):
             # NaN for an empty batch, which leaves the estimates alone.
             mean, var = mean / is_filled, var / is_filled
-        estimates = updated_estimates(
-            self.running_mean.to(mean.dtype),
-            self.running_var.to(var.dtype),
-            mean,
-            var,
-            rate,
+        return self._keep_estimates(
+            *updated_estimates(
+                self.running_mean.to(mean.dtype),
+                self.running_var.to(var.dtype),
+                mean,
+                var,
+                rate,
+            )
         )
+
+    @torch.no_grad()
+    def _learn_moments(
+        self, mean: Tensor, var: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        """Move the estimates towards the batch that has these moments."""
+        self.num_batches_tracked += 1
+        return self._keep_estimates(
+            *moved_estimates(
+                mean,
+                var,
+                running_mean=self.running_mean,
+                running_var=self.running_var,
+                **self._rate(),
+            )
+        )
+
+    def _keep_estimates(self, *estimates: Tensor) -> Tuple[Tensor, Tensor]:
+        """Put them into the buffers, and return them as they are there."""
         if torch.compiler.is_compiling():
             estimates = tuple(snapshot(t) for t in estimates)
         self.running_mean.copy_(estimates[0])
         self.running_var.copy_(estimates[1])
-        if self.running_mean.dtype != mean.dtype:  # as they were rounded
-            return self._estimates(mean.dtype)
+        dtype = estimates[0].dtype
+        if self.running_mean.dtype != dtype:  # as they were rounded
+            return self._estimates(dtype)
         return estimates

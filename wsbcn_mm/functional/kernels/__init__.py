@@ -10,8 +10,13 @@ has shape (N, C, *), the small tensors have shape (N, C) and the dtype that
 - ``input_grad(grad, x, center, scale, slope, offset) ->
   grad * scale + (x - center) * slope + offset``
 
-and one for the small tensors, ``batch_channel``, Batch-Channel Normalization's
-coefficients and their gradient. It may have ``batch_channel_backward`` too,
+and two for the small tensors:
+
+- ``batch_channel``, Batch-Channel Normalization's coefficients and their
+  gradient
+- ``moved_estimates``, its estimates after a batch
+
+It may have ``batch_channel_backward`` too,
 a whole backward pass that reads memory less often than :func:`backward`.
 
 There are ``plain``, the definition; for processors ``compiled``, our own in

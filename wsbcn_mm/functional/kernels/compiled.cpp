@@ -292,6 +292,34 @@ void batch_channel_grad(
   }
 }
 
+// `momentum` < 0 stands for none. See estimates_from_moments.
+void moved_estimates(int64_t samples, int64_t channels, int64_t count,
+                     double momentum, int annealing, const float *mean,
+                     const float *var, const float *running_mean,
+                     const float *running_var, float *new_mean,
+                     float *new_var) {
+  double rate = momentum;
+  if (momentum < 0)
+    rate = 1.0 / count;
+  else if (annealing)
+    rate = std::max(momentum, 1.0 / (count + 1));
+  for (int64_t c = 0; c < channels; ++c) {
+    const double old_mean = running_mean[c], old_var = running_var[c];
+    double delta = 0, squares = 0;
+    for (int64_t n = 0; n < samples; ++n) {
+      const double moved = mean[n * channels + c] - old_mean;
+      delta += moved;
+      squares += var[n * channels + c] + moved * moved;
+    }
+    new_mean[c] = old_mean + rate * delta / samples;
+    new_var[c] = old_var + rate * (squares / samples - old_var);
+    if (!std::isfinite(new_mean[c]) || !std::isfinite(new_var[c])) {
+      new_mean[c] = old_mean;
+      new_var[c] = old_var;
+    }
+  }
+}
+
 // A whole backward pass: reduce, batch_channel_grad, input_grad. A group's
 // activations are still in the cache when they are read again. `small` has
 // room for four numbers a row.

@@ -24,6 +24,7 @@ __all__ = [
     'input_grad',
     'is_built',
     'moments',
+    'moved_estimates',
     'reduce',
 ]
 
@@ -39,6 +40,10 @@ _SIGNATURES = dict(
     input_grad=[*[_pointer] * 2, *_rows, *[_pointer] * 5],
     batch_channel=[*[_size] * 4, ctypes.c_double, *[_pointer] * 10],
     batch_channel_grad=[*[_size] * 4, ctypes.c_double, *[_pointer] * 16],
+    moved_estimates=[
+        *[*[_size] * 3, ctypes.c_double, ctypes.c_int],
+        *[_pointer] * 6,
+    ],
     batch_channel_backward=[
         *[*[_pointer] * 2, _size, ctypes.c_int],
         *[*[_size] * 4, ctypes.c_double, *[_pointer] * 14],
@@ -176,6 +181,43 @@ def batch_channel_backward(
         *(*sizes, *inputs, small, *grads),
     )
     return tuple(grads)
+
+
+def moved_estimates(
+    mean: Tensor,
+    var: Tensor,
+    *,
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: Tensor,
+    momentum: Optional[float],
+    annealing: bool,
+) -> Tuple[Tensor, Tensor]:
+    if mean.dtype != torch.float32:
+        return cpu.moved_estimates(
+            mean,
+            var,
+            running_mean=running_mean,
+            running_var=running_var,
+            count=count,
+            momentum=momentum,
+            annealing=annealing,
+        )
+    inputs = [
+        t.to(mean.dtype).contiguous()
+        for t in (mean, var, running_mean, running_var)
+    ]
+    estimates = mean.new_empty(2, mean.shape[1])
+    _call(
+        'moved_estimates',
+        *mean.shape,
+        count.item(),
+        -1.0 if momentum is None else momentum,
+        annealing,
+        *inputs,
+        *estimates,
+    )
+    return tuple(estimates)
 
 
 def _arguments(

@@ -18,9 +18,16 @@ from torch import Tensor
 
 from .closed_form import batch_channel
 from .layout import dense, memory_format
-from .plain import statistics_dtype
+from .plain import moved_estimates, statistics_dtype
 
-__all__ = ['affine', 'batch_channel', 'input_grad', 'moments', 'reduce']
+__all__ = [
+    'affine',
+    'batch_channel',
+    'input_grad',
+    'moments',
+    'moved_estimates',
+    'reduce',
+]
 
 _PIECE = 1 << 20  # elements: two or three such pieces fit the cache
 # How far a mean may lie from zero, in standard deviations, to be subtracted

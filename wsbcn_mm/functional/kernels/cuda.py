@@ -12,8 +12,16 @@ from torch import Tensor
 
 from .closed_form import batch_channel
 from .layout import memory_format
+from .plain import moved_estimates
 
-__all__ = ['affine', 'batch_channel', 'input_grad', 'moments', 'reduce']
+__all__ = [
+    'affine',
+    'batch_channel',
+    'input_grad',
+    'moments',
+    'moved_estimates',
+    'reduce',
+]
 
 _TINY = 1e-20
 

@@ -14,11 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_coefficients import batch_channel
+from .fused_coefficients import (
+    batch_channel,
+    batch_channel_backward,
+    moved_estimates,
+)
 from .layout import dense, memory_format
 from .plain import statistics_dtype
 
-__all__ = ['affine', 'batch_channel', 'input_grad', 'moments', 'reduce']
+__all__ = [
+    'affine',
+    'batch_channel',
+    'batch_channel_backward',
+    'input_grad',
+    'moments',
+    'moved_estimates',
+    'reduce',
+]
 
 _ELEMENTS = 4096  # of a tile: 32 a thread
 

@@ -5,11 +5,18 @@ PyTorch's operations they are some forty launches of a few microseconds of
 arithmetic each, which is what a small layer would spend its time on.
 """
 
+import math
+from typing import Optional, Sequence, Tuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .closed_form import Gradient
+from .layout import dense, memory_format
+
+_ELEMENTS = 4096  # of a group that one program has: 32 a thread
 
 
 def batch_channel(
@@ -26,30 +33,16 @@ def batch_channel(
     eps: float,
 ) -> Gradient:
     """The same as in ``closed_form``, one launch each way."""
-    samples, channels = mean.shape
-    inputs = [
-        t.contiguous()
-        for t in (
-            *(mean, var, running_mean, running_var),
-            *(batch_weight, batch_bias, weight, bias),
-        )
-    ]
-    grid = (samples * num_groups,)
-    arguments = dict(
-        channels=channels,
-        groups=num_groups,
-        EPS=eps,
-        PER_CHANNEL=weight.numel() != num_groups,
-        SIZE=triton.next_power_of_2(channels // num_groups),
+    parameters = batch_weight, batch_bias, weight, bias
+    inputs, grid, arguments = _groups(
+        mean, var, running_mean, running_var, parameters, num_groups, eps
     )
-    scale, shift = mean.new_empty(2, samples, channels)
+    scale, shift = mean.new_empty(2, *mean.shape)
     _forward[grid](*inputs, scale, shift, **arguments)
 
     def pull_back(grad_scale: Tensor, grad_shift: Tensor):
-        grad_mean, grad_var = mean.new_empty(2, samples, channels)
-        # A row has a sample's share in the gradient of each parameter.
-        sizes = [t.numel() for t in inputs[4:]]
-        shares = mean.new_empty(samples, sum(sizes))
+        grad_mean, grad_var = mean.new_empty(2, *mean.shape)
+        shares = _shares(mean, parameters)
         _backward[grid](
             *inputs,
             grad_scale.contiguous(),
@@ -59,10 +52,111 @@ def batch_channel(
             shares,
             **arguments,
         )
-        grads = shares[0] if samples == 1 else shares.sum(0)
-        return grad_mean, grad_var, *grads.split(sizes)
+        return grad_mean, grad_var, *_summed(shares, parameters)
 
     return scale, shift, pull_back
+
+
+def batch_channel_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *parameters: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_groups: int,
+    eps: float,
+) -> Optional[Tuple[Tensor, ...]]:
+    """A whole backward pass, for activations of which a program has a group.
+
+    Returns:
+        tuple | None: Gradients of ``x`` and of the parameters. None for
+        larger activations.
+    """
+    inputs, grid, arguments = _groups(
+        mean, var, running_mean, running_var, parameters, num_groups, eps
+    )
+    length = x[0, 0].numel()
+    unit = math.gcd(length, 8)
+    positions = triton.next_power_of_2(length)
+    elements = _ELEMENTS if unit > 2 else _ELEMENTS // 4
+    if arguments['SIZE'] * positions > elements:
+        return None
+    x = dense(x)
+    result = torch.empty_like(x)
+    shares = _shares(mean, parameters)
+    _whole_backward[grid](
+        *inputs,
+        grad.contiguous(memory_format=memory_format(x)),
+        x,
+        result,
+        shares,
+        units=length // unit,
+        UNIT=unit,
+        CHANNELS_LAST=not x.is_contiguous(),
+        POSITIONS=positions,
+        **arguments,
+    )
+    return result, *_summed(shares, parameters)
+
+
+def moved_estimates(
+    mean: Tensor,
+    var: Tensor,
+    *,
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: Tensor,
+    momentum: Optional[float],
+    annealing: bool,
+) -> Tuple[Tensor, Tensor]:
+    """The same as :func:`estimates.estimates_from_moments`, in one launch."""
+    samples, channels = mean.shape
+    new_mean, new_var = mean.new_empty(2, channels)
+    _move_estimates[(triton.cdiv(channels, 32),)](
+        mean.contiguous(),
+        var.contiguous(),
+        running_mean,
+        running_var,
+        count,
+        new_mean,
+        new_var,
+        samples,
+        channels,
+        MOMENTUM=-1.0 if momentum is None else momentum,
+        ANNEALING=annealing,
+        SAMPLES=min(triton.next_power_of_2(samples), 32),
+        CHANNELS=32,
+    )
+    return new_mean, new_var
+
+
+def _groups(mean, var, running_mean, running_var, parameters, num_groups, eps):
+    """Tensors, grid and arguments of a program for each sample's group."""
+    samples, channels = mean.shape
+    inputs = [
+        t.contiguous()
+        for t in (mean, var, running_mean, running_var, *parameters)
+    ]
+    arguments = dict(
+        channels=channels,
+        groups=num_groups,
+        EPS=eps,
+        PER_CHANNEL=parameters[2].numel() != num_groups,
+        SIZE=triton.next_power_of_2(channels // num_groups),
+    )
+    return inputs, (samples * num_groups,), arguments
+
+
+def _shares(mean: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Room for each sample's share in the gradients of the parameters."""
+    return mean.new_empty(len(mean), sum(t.numel() for t in parameters))
+
+
+def _summed(shares: Tensor, parameters: Sequence[Tensor]):
+    grads = shares[0] if len(shares) == 1 else shares.sum(0)
+    return grads.split([t.numel() for t in parameters])
 
 
 @triton.jit
@@ -151,6 +245,69 @@ def _forward(
 
 
 @triton.jit
+def _pulled_back(
+    mean,
+    var,
+    running_mean,
+    running_var,
+    batch_weight,
+    batch_bias,
+    weight,
+    s,
+    t,
+    shares,
+    channels,
+    groups,
+    EPS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """From gradients s, t of scale and shift to those of all the rest.
+
+    Returns the scale and the gradients of the moments, and stores the
+    sample's shares in those of the parameters.
+    """
+    sample, group, channel, inside, size = _place(channels, groups, SIZE)
+    v, moved, inverse_std, a, centered, q = _normalized(
+        mean,
+        var,
+        running_mean,
+        running_var,
+        batch_weight,
+        batch_bias,
+        sample * channels + channel,
+        channel,
+        inside,
+        size,
+        EPS,
+    )
+    pair = channel if PER_CHANNEL else channel // size
+    gamma = _load(weight, pair, inside, mean)
+    p = gamma * q
+
+    grad_p = a * s + centered * t
+    # 2 / k times the gradient of the group's variance
+    slope = -q * q * q * tl.sum(grad_p * gamma, 0) / size
+    through_p = p * t
+    through_p -= tl.sum(through_p, 0) / size
+    grad_moved = through_p + centered * slope
+    grad_a = p * s + a * v * slope + moved * grad_moved
+
+    pairs = channels if PER_CHANNEL else groups
+    shares += sample.to(tl.int64) * 2 * (channels + pairs)
+    tl.store(shares + channel, grad_a * inverse_std, inside)
+    tl.store(shares + channels + channel, grad_moved, inside)
+    shares += 2 * channels
+    if PER_CHANNEL:
+        tl.store(shares + channel, grad_p * q, inside)
+        tl.store(shares + pairs + channel, t, inside)
+    else:
+        tl.store(shares + group, tl.sum(grad_p, 0) * q)
+        tl.store(shares + pairs + group, tl.sum(t, 0))
+    return p * a, a * grad_moved, 0.5 * a * a * slope
+
+
+@triton.jit
 def _backward(
     mean,
     var,
@@ -171,45 +328,135 @@ def _backward(
     PER_CHANNEL: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    sample, group, channel, inside, size = _place(channels, groups, SIZE)
+    sample, _, channel, inside, _ = _place(channels, groups, SIZE)
     row = sample * channels + channel
-    v, moved, inverse_std, a, centered, q = _normalized(
+    _, of_mean, of_var = _pulled_back(
         mean,
         var,
         running_mean,
         running_var,
         batch_weight,
         batch_bias,
-        row,
-        channel,
-        inside,
-        size,
+        weight,
+        _load(grad_scale, row, inside, mean),
+        _load(grad_shift, row, inside, mean),
+        shares,
+        channels,
+        groups,
         EPS,
+        PER_CHANNEL,
+        SIZE,
     )
-    pair = channel if PER_CHANNEL else channel // size
-    gamma = _load(weight, pair, inside, mean)
-    s = _load(grad_scale, row, inside, mean)
-    t = _load(grad_shift, row, inside, mean)
-    p = gamma * q
+    tl.store(grad_mean + row, of_mean, inside)
+    tl.store(grad_var + row, of_var, inside)
 
-    grad_p = a * s + centered * t
-    # 2 / k times the gradient of the group's variance
-    slope = -q * q * q * tl.sum(grad_p * gamma, 0) / size
-    through_p = p * t
-    through_p -= tl.sum(through_p, 0) / size
-    grad_moved = through_p + centered * slope
-    grad_a = p * s + a * v * slope + moved * grad_moved
-    tl.store(grad_mean + row, a * grad_moved, inside)
-    tl.store(grad_var + row, 0.5 * a * a * slope, inside)
 
-    pairs = channels if PER_CHANNEL else groups
-    shares += sample * 2 * (channels + pairs)
-    tl.store(shares + channel, grad_a * inverse_std, inside)
-    tl.store(shares + channels + channel, grad_moved, inside)
-    shares += 2 * channels
-    if PER_CHANNEL:
-        tl.store(shares + channel, grad_p * q, inside)
-        tl.store(shares + pairs + channel, t, inside)
+@triton.jit(do_not_specialize=['units'])
+def _whole_backward(
+    mean,
+    var,
+    running_mean,
+    running_var,
+    batch_weight,
+    batch_bias,
+    weight,
+    bias,
+    grad,
+    x,
+    result,
+    shares,
+    channels,
+    groups,
+    units,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    EPS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    length = units * UNIT
+    sample, group, channel, inside, size = _place(channels, groups, SIZE)
+    center = _load(mean, sample * channels + channel, inside, mean)
+    i = tl.arange(0, SIZE)[:, None]
+    j = tl.arange(0, POSITIONS)[None, :]
+    start = sample.to(tl.int64) * channels * length
+    if CHANNELS_LAST:
+        start += group * size
+        offset = j * channels + i
     else:
-        tl.store(shares + group, tl.sum(grad_p, 0) * q)
-        tl.store(shares + pairs + group, tl.sum(t, 0))
+        start += group * size * length
+        offset = i * length + j
+    mask = inside[:, None] & (j < length)
+    g = _load(grad + start, offset, mask, mean)
+    centered = _load(x + start, offset, mask, mean) - center[:, None]
+    grad_shift = tl.sum(g, 1)
+    scale, grad_mean, grad_var = _pulled_back(
+        mean,
+        var,
+        running_mean,
+        running_var,
+        batch_weight,
+        batch_bias,
+        weight,
+        # Outside of the mask g is 0, and so is its product with anything.
+        tl.sum(g * centered, 1),
+        grad_shift,
+        shares,
+        channels,
+        groups,
+        EPS,
+        PER_CHANNEL,
+        SIZE,
+    )
+    # The centre is the mean as well: d/dm of (x - m) * scale.
+    slope = 2 * grad_var / length
+    rest = (grad_mean - scale * grad_shift) / length
+    value = g * scale[:, None] + centered * slope[:, None] + rest[:, None]
+    value = value.to(result.dtype.element_ty)
+    tl.store(result + start + offset, value, mask)
+
+
+@triton.jit(do_not_specialize=['samples'])
+def _move_estimates(
+    mean,
+    var,
+    running_mean,
+    running_var,
+    count,
+    new_mean,
+    new_var,
+    samples,
+    channels,
+    MOMENTUM: tl.constexpr,
+    ANNEALING: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    rate = tl.full((), MOMENTUM, mean.dtype.element_ty)
+    if MOMENTUM < 0:  # none
+        rate = 1 / tl.load(count).to(rate.dtype)
+    elif ANNEALING:
+        rate = tl.maximum(1 / (tl.load(count) + 1).to(rate.dtype), rate)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    old_mean = _load(running_mean, channel, inside, mean)
+    old_var = _load(running_var, channel, inside, mean)
+    delta = tl.zeros_like(old_mean)
+    squares = tl.zeros_like(old_mean)
+    first = samples * 0  # a tensor, as Triton wants it of a loop
+    while first < samples:
+        sample = first + tl.arange(0, SAMPLES)[:, None]
+        mask = (sample < samples) & inside[None, :]
+        row = sample.to(tl.int64) * channels + channel[None, :]
+        moved = tl.load(mean + row, mask, other=0) - old_mean[None, :]
+        moved = tl.where(mask, moved, 0)
+        delta += tl.sum(moved, 0)
+        squares += tl.sum(tl.load(var + row, mask, other=0) + moved * moved, 0)
+        first += SAMPLES
+    moved_mean = old_mean + rate * (delta / samples)
+    moved_var = old_var + rate * (squares / samples - old_var)
+    # Neither infinite nor NaN: one overflow must not poison them.
+    good = (moved_mean + moved_var) * 0 == 0
+    tl.store(new_mean + channel, tl.where(good, moved_mean, old_mean), inside)
+    tl.store(new_var + channel, tl.where(good, moved_var, old_var), inside)

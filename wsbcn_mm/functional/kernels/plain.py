@@ -5,6 +5,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
+from ..estimates import estimates_from_moments as moved_estimates
 from .closed_form import batch_channel
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     'batch_channel',
     'input_grad',
     'moments',
+    'moved_estimates',
     'reduce',
     'statistics_dtype',
 ]
