@@ -36,7 +36,7 @@ def test_norm_layers(benchmark):
         'norm_layers', '--dtypes', 'float32', 'bfloat16', '--layouts',
         'contiguous', 'channels_last',
     )  # fmt: skip
-    assert len(results) == 8 * 2 * 2 * 2
+    assert len(results) == 10 * 2 * 2 * 2
     by_layer = {
         r['layer']: r
         for r in results
@@ -56,7 +56,13 @@ def test_what_bcn_is_compared_with_computes_the_same(monkeypatch):
     variants = importlib.import_module('_variants')
     x = torch.randn(2, 64, 5, 7)
     layers = [
-        layer(64) for layer in (BCN, variants.TextbookBCN, variants.AuthorsBCN)
+        layer(64)
+        for layer in (
+            BCN,
+            variants.TextbookBCN,
+            variants.EstimatesThenGroupNorm,
+            variants.AuthorsBCN,
+        )
     ]
     for _ in range(3):
         expected, *others = (layer(x) for layer in layers)

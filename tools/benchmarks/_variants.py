@@ -47,6 +47,21 @@ class _Groups(nn.GroupNorm):
 
 @MODELS.register_module(force=True)
 class TextbookBCN(_Groups):
+    """The formulas as they are printed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.estimates(x).unflatten(1, (self.num_groups, -1))
+        mean = groups.mean((2, 3, 4), keepdim=True)
+        var = (groups - mean).square().mean((2, 3, 4), keepdim=True)
+        groups = (groups - mean) / (var + self.eps).sqrt()
+        rows = (-1, 1, 1, 1)
+        return (groups * self.weight.view(rows) + self.bias.view(rows)).view(
+            x.shape
+        )
+
+
+@MODELS.register_module(force=True)
+class EstimatesThenGroupNorm(_Groups):
     """Estimates, then torch's own Group Normalization."""
 
     def forward(self, x: Tensor) -> Tensor:

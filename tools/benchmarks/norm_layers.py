@@ -25,7 +25,12 @@ from _harness import (
     saved_bytes,
     seconds,
 )
-from _variants import AuthorsBCN, BatchThenGroupNorm, TextbookBCN
+from _variants import (
+    AuthorsBCN,
+    BatchThenGroupNorm,
+    EstimatesThenGroupNorm,
+    TextbookBCN,
+)
 from torch import nn
 
 from wsbcn_mm import BCN
@@ -50,6 +55,7 @@ LAYERS = {
     'GroupNorm': lambda channels: nn.GroupNorm(32, channels),
     'BatchNorm': nn.BatchNorm2d,
     'BatchNorm + GroupNorm': BatchThenGroupNorm,
+    'BCN, estimates + GroupNorm': EstimatesThenGroupNorm,
     'BCN textbook': TextbookBCN,
     "BCN authors' form": AuthorsBCN,
 }
