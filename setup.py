@@ -70,7 +70,12 @@ def extensions() -> list:
             'wsbcn_mm.functional.kernels._compiled',
             sources=[source],
             define_macros=[('WSBCN_MM_CHECKSUM', str(checksum))],
-            extra_compile_args=['-O3', '-std=c++14', '-fopenmp'],
+            extra_compile_args=[
+                '-O3',
+                '-std=c++14',
+                '-fopenmp',
+                '-fno-math-errno',
+            ],
             language='c++',
             optional=True,
         )

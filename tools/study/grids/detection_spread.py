@@ -4,7 +4,7 @@ blocks = [
     dict(
         method=['BN', 'GN', 'GN+WS', 'BCN+WS'],
         images=1,
-        spread=[0.0, 0.5, 1.0],
+        spread=[0.0, 1.0],
     ),
 ]
 tune = dict(at=dict(spread={0.0: 0.5, 1.0: 0.5}))

@@ -1,0 +1,9 @@
+# segmentation.py three times as long, at the learning rate that all of these
+# were tuned to there.
+_base_ = './segmentation.py'
+common = dict(steps=1200, lr=3e-3)
+blocks = [
+    dict(method=['GN+WS', 'BCN+WS', 'MABN+CenConv'], images=1),
+    dict(method='BN', images=2),
+]
+tune = None
