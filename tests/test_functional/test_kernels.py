@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,6 +147,33 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
             SAMPLES=32,
             CHANNELS=32,
         )
+
+
+def test_triton_launches_where_the_tensors_are(monkeypatch):
+    pytest.importorskip('triton')
+    from wsbcn_mm.functional.kernels import fused, launch
+
+    devices = []
+
+    @contextmanager
+    def device_of(tensor):
+        devices.append(tensor.device.type)
+        yield
+        devices.append('before')
+
+    monkeypatch.setattr(torch.cuda, 'device_of', device_of)
+    launched = launch.on_its_device(lambda x, y: devices.append(y))
+    launched(torch.empty(1, device='meta'), y='launched')
+    assert devices == ['meta', 'launched', 'before']
+    functions = [getattr(fused, name) for name in fused.__all__]
+    assert all(hasattr(function, '__wrapped__') for function in functions)
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason='needs two GPUs: fewer here'
+)
+def test_parity_on_another_gpu_than_the_current_one():
+    kernel_parity.run('fused', 'cuda:1', examples=20)
 
 
 @needs_cuda

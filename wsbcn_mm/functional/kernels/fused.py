@@ -19,6 +19,7 @@ from .fused_coefficients import (
     batch_channel_backward,
     moved_estimates,
 )
+from .launch import on_its_device
 from .layout import dense, memory_format
 from .plain import statistics_dtype
 
@@ -35,6 +36,7 @@ __all__ = [
 _ELEMENTS = 4096  # of a tile: 32 a thread
 
 
+@on_its_device
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     count, grid, arguments = _tiles(x)
@@ -56,6 +58,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean.view(x.shape[:2]), var.view(x.shape[:2])
 
 
+@on_its_device
 def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     x = dense(x)
     result = torch.empty_like(x)
@@ -65,6 +68,7 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return result
 
 
+@on_its_device
 def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     grad = grad.contiguous(memory_format=memory_format(x))
@@ -75,6 +79,7 @@ def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
     return total.view_as(center), product.view_as(center)
 
 
+@on_its_device
 def input_grad(
     grad: Tensor,
     x: Tensor,

@@ -14,11 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .closed_form import Gradient
+from .launch import on_its_device
 from .layout import dense, memory_format
 
 _ELEMENTS = 4096  # of a group that one program has: 32 a thread
 
 
+@on_its_device
 def batch_channel(
     mean: Tensor,
     var: Tensor,
@@ -57,6 +59,7 @@ def batch_channel(
     return scale, shift, pull_back
 
 
+@on_its_device
 def batch_channel_backward(
     grad: Tensor,
     x: Tensor,
@@ -101,6 +104,7 @@ def batch_channel_backward(
     return result, *_summed(shares, parameters)
 
 
+@on_its_device
 def moved_estimates(
     mean: Tensor,
     var: Tensor,
