@@ -7,6 +7,7 @@ blocks = [
     dict(bcn, image_pool='GN'),
     dict(bcn, channel_affine='channel'),
     dict(bcn, update_rate=[0.0006, 0.002, 0.02, 0.06]),
+    dict(bcn, image_pool='GN', update_rate=0.06),
 ]
 tune = None
 
