@@ -8,10 +8,15 @@ process begins with TRITON_INTERPRET=1:
 
 import importlib
 import sys
+from contextlib import contextmanager
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+)
 
 from wsbcn_mm import BCN
 from wsbcn_mm.functional import kernels
@@ -89,7 +94,73 @@ def check_layer(name):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+class Launches(TorchDispatchMode):
+    """The names of what would be launched on a GPU."""
+
+    VIEWS = {
+        'detach',
+        'expand',
+        'select',
+        'split_with_sizes',
+        'unbind',
+        'view',
+    }
+    EMPTY = {'empty', 'empty_like', 'new_empty'}
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def run(self, kernel, *args, **kwargs):
+        self.names.append(kernel.fn.__name__)
+        with _disable_current_modes():  # the interpreter's operations
+            return self._run(kernel, *args, **kwargs)
+
+    @contextmanager
+    def counted(self, kernel_type):
+        """Of Triton's kernels and of PyTorch's operations."""
+        self._run = kernel_type.run
+        kernel_type.run = lambda *args, **kwargs: self.run(*args, **kwargs)
+        try:
+            with self:
+                yield
+        finally:
+            kernel_type.run = self._run
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in self.VIEWS | self.EMPTY:
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+def check_launches():
+    """What the README says of the launches of a layer on CUDA."""
+    fused = backend('fused')
+    for shape, backward in (
+        ((4, 64, 7, 7), ['_whole_backward', 'sum']),
+        (
+            (1, 64, 50, 76),
+            ['_tile_sums', 'input_coefficients', '_input_grad'],
+        ),
+    ):
+        norm = BCN(64, momentum_annealing=True)
+        x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+        with kernels.use('cpu', fused):
+            launches = Launches()
+            with launches.counted(type(fused._affine)):
+                y = norm(x)
+                forward, launches.names = launches.names, []
+                y.backward(grad)
+        assert forward == [
+            *('_tile_moments', 'add_', '_move_estimates', 'copy_', 'copy_'),
+            *('_forward', '_affine'),
+        ], forward
+        assert launches.names == backward, launches.names
+
+
 if __name__ == '__main__':
     run(sys.argv[1], 'cpu', 30)
     check_layer(sys.argv[1])
+    check_launches()
     print('parity holds')

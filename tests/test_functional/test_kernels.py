@@ -128,11 +128,11 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
     ptx_of(fused._join_moments, POSITIONS=4096, TILES=16)
     for per_channel in (False, True):
         group = dict(EPS=1e-5, PER_CHANNEL=per_channel, SIZE=32)
-        for name in ('_forward', '_backward'):
+        for name in ('_forward', '_backward', 'input_coefficients'):
             ptx_of(getattr(fused_coefficients, name), **group)
         for last in (False, True):
             ptx = ptx_of(
-                fused_coefficients._whole_backward,
+                fused._whole_backward,
                 UNIT=4,
                 CHANNELS_LAST=last,
                 POSITIONS=128,

@@ -16,8 +16,14 @@ from torch import Tensor
 
 from .fused_coefficients import (
     batch_channel,
-    batch_channel_backward,
+    input_coefficients,
+    load,
     moved_estimates,
+    place_of_group,
+    programs,
+    pulled_back,
+    room_for_shares,
+    summed,
 )
 from .launch import on_its_device
 from .layout import dense, memory_format
@@ -97,10 +103,68 @@ def input_grad(
     return result
 
 
+@on_its_device
+def batch_channel_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *parameters: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_groups: int,
+    eps: float,
+) -> Tuple[Tensor, ...]:
+    """A whole backward pass: one launch where a group is a program's."""
+    inputs, grid, arguments = programs(
+        mean, var, running_mean, running_var, parameters, num_groups, eps
+    )
+    x = dense(x)
+    grad = grad.contiguous(memory_format=memory_format(x))
+    shares = room_for_shares(mean, parameters)
+    length = x[0, 0].numel()
+    unit = math.gcd(length, 8)
+    positions = triton.next_power_of_2(length)
+    if arguments['SIZE'] * positions <= _elements(unit):
+        result = torch.empty_like(x)
+        _whole_backward[grid](
+            *inputs,
+            grad,
+            x,
+            result,
+            shares,
+            units=length // unit,
+            UNIT=unit,
+            CHANNELS_LAST=not x.is_contiguous(),
+            POSITIONS=positions,
+            **arguments,
+        )
+    else:
+        grad_shift, grad_scale = reduce(grad, x, mean)
+        small = mean.new_empty(3, *mean.shape)
+        input_coefficients[grid](
+            *inputs,
+            grad_scale,
+            grad_shift,
+            *small,
+            shares,
+            length=length,
+            **arguments,
+        )
+        result = input_grad(grad, x, mean, *small)
+    return result, *summed(shares, parameters)
+
+
 def _empty(x: Tensor, tiles: int) -> Tensor:
     """Two statistics of each tile of each sample's channels."""
     dtype = statistics_dtype(x.dtype)
     return x.new_empty(2, x.shape[0] * x.shape[1], tiles, dtype=dtype)
+
+
+def _elements(unit: int) -> int:
+    """How many a program may have, of rows whose lengths this divides."""
+    # Rows that it loads one by one take a register for every address.
+    return _ELEMENTS if unit > 2 else _ELEMENTS // 4
 
 
 def _tiles(x: Tensor) -> Tuple[int, Tuple[int], dict]:
@@ -112,10 +176,9 @@ def _tiles(x: Tensor) -> Tuple[int, Tuple[int], dict]:
     unit = math.gcd(length, 8)
     if x.is_contiguous():
         width = min(triton.next_power_of_2(length), _ELEMENTS)
-        # Rows that it loads one by one take a register for every address.
-        elements = _ELEMENTS if unit > 2 else _ELEMENTS // 4
         height = min(
-            triton.next_power_of_2(channels), max(1, elements // width)
+            triton.next_power_of_2(channels),
+            max(1, _elements(unit) // width),
         )
     else:
         height = min(triton.next_power_of_2(channels), 64)
@@ -312,3 +375,71 @@ def _input_grad(
     value = tl.load(x + start + offset, mask, other=0).to(c.dtype)
     value = g * s + (value - c) * k + t
     tl.store(result + start + offset, value.to(result.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=['units'])
+def _whole_backward(
+    mean,
+    var,
+    running_mean,
+    running_var,
+    batch_weight,
+    batch_bias,
+    weight,
+    bias,
+    grad,
+    x,
+    result,
+    shares,
+    channels,
+    groups,
+    units,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    EPS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    length = units * UNIT
+    sample, group, channel, inside, size = place_of_group(
+        channels, groups, SIZE
+    )
+    center = load(mean, sample * channels + channel, inside, mean)
+    i = tl.arange(0, SIZE)[:, None]
+    j = tl.arange(0, POSITIONS)[None, :]
+    start = sample.to(tl.int64) * channels * length
+    if CHANNELS_LAST:
+        start += group * size
+        offset = j * channels + i
+    else:
+        start += group * size * length
+        offset = i * length + j
+    mask = inside[:, None] & (j < length)
+    g = load(grad + start, offset, mask, mean)
+    centered = load(x + start, offset, mask, mean) - center[:, None]
+    grad_shift = tl.sum(g, 1)
+    scale, grad_mean, grad_var = pulled_back(
+        mean,
+        var,
+        running_mean,
+        running_var,
+        batch_weight,
+        batch_bias,
+        weight,
+        # Outside of the mask g is 0, and so is its product with anything.
+        tl.sum(g * centered, 1),
+        grad_shift,
+        shares,
+        channels,
+        groups,
+        EPS,
+        PER_CHANNEL,
+        SIZE,
+    )
+    # The centre is the mean as well: d/dm of (x - m) * scale.
+    slope = 2 * grad_var / length
+    rest = (grad_mean - scale * grad_shift) / length
+    value = g * scale[:, None] + centered * slope[:, None] + rest[:, None]
+    value = value.to(result.dtype.element_ty)
+    tl.store(result + start + offset, value, mask)

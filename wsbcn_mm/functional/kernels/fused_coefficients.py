@@ -5,19 +5,14 @@ PyTorch's operations they are some forty launches of a few microseconds of
 arithmetic each, which is what a small layer would spend its time on.
 """
 
-import math
 from typing import Optional, Sequence, Tuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .closed_form import Gradient
 from .launch import on_its_device
-from .layout import dense, memory_format
-
-_ELEMENTS = 4096  # of a group that one program has: 32 a thread
 
 
 @on_its_device
@@ -36,7 +31,7 @@ def batch_channel(
 ) -> Gradient:
     """The same as in ``closed_form``, one launch each way."""
     parameters = batch_weight, batch_bias, weight, bias
-    inputs, grid, arguments = _groups(
+    inputs, grid, arguments = programs(
         mean, var, running_mean, running_var, parameters, num_groups, eps
     )
     scale, shift = mean.new_empty(2, *mean.shape)
@@ -44,7 +39,7 @@ def batch_channel(
 
     def pull_back(grad_scale: Tensor, grad_shift: Tensor):
         grad_mean, grad_var = mean.new_empty(2, *mean.shape)
-        shares = _shares(mean, parameters)
+        shares = room_for_shares(mean, parameters)
         _backward[grid](
             *inputs,
             grad_scale.contiguous(),
@@ -54,54 +49,9 @@ def batch_channel(
             shares,
             **arguments,
         )
-        return grad_mean, grad_var, *_summed(shares, parameters)
+        return grad_mean, grad_var, *summed(shares, parameters)
 
     return scale, shift, pull_back
-
-
-@on_its_device
-def batch_channel_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    *parameters: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_groups: int,
-    eps: float,
-) -> Optional[Tuple[Tensor, ...]]:
-    """A whole backward pass, for activations of which a program has a group.
-
-    Returns:
-        tuple | None: Gradients of ``x`` and of the parameters. None for
-        larger activations.
-    """
-    inputs, grid, arguments = _groups(
-        mean, var, running_mean, running_var, parameters, num_groups, eps
-    )
-    length = x[0, 0].numel()
-    unit = math.gcd(length, 8)
-    positions = triton.next_power_of_2(length)
-    elements = _ELEMENTS if unit > 2 else _ELEMENTS // 4
-    if arguments['SIZE'] * positions > elements:
-        return None
-    x = dense(x)
-    result = torch.empty_like(x)
-    shares = _shares(mean, parameters)
-    _whole_backward[grid](
-        *inputs,
-        grad.contiguous(memory_format=memory_format(x)),
-        x,
-        result,
-        shares,
-        units=length // unit,
-        UNIT=unit,
-        CHANNELS_LAST=not x.is_contiguous(),
-        POSITIONS=positions,
-        **arguments,
-    )
-    return result, *_summed(shares, parameters)
 
 
 @on_its_device
@@ -136,7 +86,9 @@ def moved_estimates(
     return new_mean, new_var
 
 
-def _groups(mean, var, running_mean, running_var, parameters, num_groups, eps):
+def programs(
+    mean, var, running_mean, running_var, parameters, num_groups, eps
+):
     """Tensors, grid and arguments of a program for each sample's group."""
     samples, channels = mean.shape
     inputs = [
@@ -153,25 +105,25 @@ def _groups(mean, var, running_mean, running_var, parameters, num_groups, eps):
     return inputs, (samples * num_groups,), arguments
 
 
-def _shares(mean: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def room_for_shares(mean: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Room for each sample's share in the gradients of the parameters."""
     return mean.new_empty(len(mean), sum(t.numel() for t in parameters))
 
 
-def _summed(shares: Tensor, parameters: Sequence[Tensor]):
+def summed(shares: Tensor, parameters: Sequence[Tensor]):
     grads = shares[0] if len(shares) == 1 else shares.sum(0)
     return grads.split([t.numel() for t in parameters])
 
 
 @triton.jit
-def _load(pointer, index, inside, like):
+def load(pointer, index, inside, like):
     """In the dtype of statistics, which parameters need not have."""
     value = tl.load(pointer + index, inside, other=0)
     return value.to(like.dtype.element_ty)
 
 
 @triton.jit
-def _place(channels, groups, SIZE: tl.constexpr):
+def place_of_group(channels, groups, SIZE: tl.constexpr):
     """A program's sample and group, and the channels of that group."""
     group = tl.program_id(0) % groups
     sample = tl.program_id(0) // groups
@@ -195,13 +147,13 @@ def _normalized(
     EPS: tl.constexpr,
 ):
     """What both ways need, in the notation of the formulas."""
-    v = _load(var, row, inside, mean)
-    moved = _load(mean, row, inside, mean)
-    moved -= _load(running_mean, channel, inside, mean)
-    inverse_std = 1 / tl.sqrt(_load(running_var, channel, inside, mean) + EPS)
+    v = load(var, row, inside, mean)
+    moved = load(mean, row, inside, mean)
+    moved -= load(running_mean, channel, inside, mean)
+    inverse_std = 1 / tl.sqrt(load(running_var, channel, inside, mean) + EPS)
     inverse_std = tl.where(inside, inverse_std, 0)  # no 0 * inf below
-    a = _load(batch_weight, channel, inside, mean) * inverse_std
-    centered = moved * a + _load(batch_bias, channel, inside, mean)
+    a = load(batch_weight, channel, inside, mean) * inverse_std
+    centered = moved * a + load(batch_bias, channel, inside, mean)
     centered = tl.where(inside, centered - tl.sum(centered, 0) / size, 0)
     q = 1 / tl.sqrt(tl.sum(centered * centered + a * a * v, 0) / size + EPS)
     return v, moved, inverse_std, a, centered, q
@@ -225,7 +177,7 @@ def _forward(
     PER_CHANNEL: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    sample, _, channel, inside, size = _place(channels, groups, SIZE)
+    sample, _, channel, inside, size = place_of_group(channels, groups, SIZE)
     row = sample * channels + channel
     _, _, _, a, centered, q = _normalized(
         mean,
@@ -242,14 +194,14 @@ def _forward(
     )
     # One output affine a channel, or the same one for all of a group.
     pair = channel if PER_CHANNEL else channel // size
-    p = _load(weight, pair, inside, mean) * q
+    p = load(weight, pair, inside, mean) * q
     tl.store(scale + row, p * a, inside)
-    beta = _load(bias, pair, inside, mean)
+    beta = load(bias, pair, inside, mean)
     tl.store(shift + row, centered * p + beta, inside)
 
 
 @triton.jit
-def _pulled_back(
+def pulled_back(
     mean,
     var,
     running_mean,
@@ -271,7 +223,9 @@ def _pulled_back(
     Returns the scale and the gradients of the moments, and stores the
     sample's shares in those of the parameters.
     """
-    sample, group, channel, inside, size = _place(channels, groups, SIZE)
+    sample, group, channel, inside, size = place_of_group(
+        channels, groups, SIZE
+    )
     v, moved, inverse_std, a, centered, q = _normalized(
         mean,
         var,
@@ -286,7 +240,7 @@ def _pulled_back(
         EPS,
     )
     pair = channel if PER_CHANNEL else channel // size
-    gamma = _load(weight, pair, inside, mean)
+    gamma = load(weight, pair, inside, mean)
     p = gamma * q
 
     grad_p = a * s + centered * t
@@ -332,9 +286,9 @@ def _backward(
     PER_CHANNEL: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    sample, _, channel, inside, _ = _place(channels, groups, SIZE)
+    sample, _, channel, inside, _ = place_of_group(channels, groups, SIZE)
     row = sample * channels + channel
-    _, of_mean, of_var = _pulled_back(
+    _, of_mean, of_var = pulled_back(
         mean,
         var,
         running_mean,
@@ -342,8 +296,8 @@ def _backward(
         batch_weight,
         batch_bias,
         weight,
-        _load(grad_scale, row, inside, mean),
-        _load(grad_shift, row, inside, mean),
+        load(grad_scale, row, inside, mean),
+        load(grad_shift, row, inside, mean),
         shares,
         channels,
         groups,
@@ -355,8 +309,8 @@ def _backward(
     tl.store(grad_var + row, of_var, inside)
 
 
-@triton.jit(do_not_specialize=['units'])
-def _whole_backward(
+@triton.jit
+def input_coefficients(
     mean,
     var,
     running_mean,
@@ -365,37 +319,24 @@ def _whole_backward(
     batch_bias,
     weight,
     bias,
-    grad,
-    x,
-    result,
+    grad_scale,
+    grad_shift,
+    scale,
+    slope,
+    offset,
     shares,
     channels,
     groups,
-    units,
-    UNIT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    length,
     EPS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    length = units * UNIT
-    sample, group, channel, inside, size = _place(channels, groups, SIZE)
-    center = _load(mean, sample * channels + channel, inside, mean)
-    i = tl.arange(0, SIZE)[:, None]
-    j = tl.arange(0, POSITIONS)[None, :]
-    start = sample.to(tl.int64) * channels * length
-    if CHANNELS_LAST:
-        start += group * size
-        offset = j * channels + i
-    else:
-        start += group * size * length
-        offset = i * length + j
-    mask = inside[:, None] & (j < length)
-    g = _load(grad + start, offset, mask, mean)
-    centered = _load(x + start, offset, mask, mean) - center[:, None]
-    grad_shift = tl.sum(g, 1)
-    scale, grad_mean, grad_var = _pulled_back(
+    """Those that the gradient of the activations is affine with."""
+    sample, _, channel, inside, _ = place_of_group(channels, groups, SIZE)
+    row = sample * channels + channel
+    t = load(grad_shift, row, inside, mean)
+    s, of_mean, of_var = pulled_back(
         mean,
         var,
         running_mean,
@@ -403,9 +344,8 @@ def _whole_backward(
         batch_weight,
         batch_bias,
         weight,
-        # Outside of the mask g is 0, and so is its product with anything.
-        tl.sum(g * centered, 1),
-        grad_shift,
+        load(grad_scale, row, inside, mean),
+        t,
         shares,
         channels,
         groups,
@@ -413,12 +353,10 @@ def _whole_backward(
         PER_CHANNEL,
         SIZE,
     )
+    tl.store(scale + row, s, inside)
+    tl.store(slope + row, 2 * of_var / length, inside)
     # The centre is the mean as well: d/dm of (x - m) * scale.
-    slope = 2 * grad_var / length
-    rest = (grad_mean - scale * grad_shift) / length
-    value = g * scale[:, None] + centered * slope[:, None] + rest[:, None]
-    value = value.to(result.dtype.element_ty)
-    tl.store(result + start + offset, value, mask)
+    tl.store(offset + row, (of_mean - s * t) / length, inside)
 
 
 @triton.jit(do_not_specialize=['samples'])
@@ -444,8 +382,8 @@ def _move_estimates(
         rate = tl.maximum(1 / (tl.load(count) + 1).to(rate.dtype), rate)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
-    old_mean = _load(running_mean, channel, inside, mean)
-    old_var = _load(running_var, channel, inside, mean)
+    old_mean = load(running_mean, channel, inside, mean)
+    old_var = load(running_var, channel, inside, mean)
     delta = tl.zeros_like(old_mean)
     squares = tl.zeros_like(old_mean)
     first = samples * 0  # a tensor, as Triton wants it of a loop
