@@ -21,6 +21,7 @@ from wsbcn_mm.functional import (
     batch_channel_coefficients,
     moments,
     normalize,
+    rate_of_forward,
 )
 from wsbcn_mm.functional.mabn import _Scale
 from wsbcn_mm.layers.batch_statistics import BatchStatistics
@@ -115,7 +116,9 @@ def _bcn(module, x: Tensor, images: int, forward) -> Tensor:
     parts = len(x) // images
     first = int(module.num_batches_tracked)
     counts = torch.arange(first + 1, first + parts + 1)
-    rates = module._rate(counts, torch.float64)
+    rates = rate_of_forward(
+        counts, module.momentum, module.momentum_annealing, torch.float64
+    )
     rates = torch.as_tensor(rates, dtype=torch.float64).expand(parts).tolist()
     m, v = (t.unflatten(0, (parts, images)) for t in (mean, var))
     means = _averages(module.running_mean, m.mean(1), rates)
