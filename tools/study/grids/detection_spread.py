@@ -4,9 +4,9 @@ blocks = [
     dict(
         method=['BN', 'GN', 'GN+WS', 'BCN+WS'],
         images=1,
-        spread=[0.0, 1.0],
+        spread=[0.5, 1.0],
     ),
 ]
-tune = dict(at=dict(spread={0.0: 0.5, 1.0: 0.5}))
+tune = dict(at=dict(spread={1.0: 0.5}))
 
 report = dict(columns='spread', columns_name='spread of the scenes')
