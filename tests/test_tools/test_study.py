@@ -440,8 +440,8 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
     detection, metric = record('detection', 'BCN+WS')
     assert 'error' not in detection, detection['traceback']
     assert 0 <= detection['result'][metric] <= 1
-    for pool in (None, 'GN'):
-        found, metric = record('segmentation', 'BCN+WS', image_pool=pool)
+    for settings in ({}, dict(image_pool='GN', fresh_estimates=True)):
+        found, metric = record('segmentation', 'BCN+WS', **settings)
         assert 'error' not in found, found['traceback']
         assert 0 <= found['result'][metric] <= 100
     for method in ('BN-frozen', 'GN+WN'):

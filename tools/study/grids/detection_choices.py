@@ -5,9 +5,12 @@ bcn = dict(method='BCN+WS', images=1, lr=3e-3)
 blocks = [
     bcn,
     dict(bcn, channel_affine='channel'),
-    dict(bcn, update_rate=[0.02, 0.06]),
+    dict(bcn, update_rate=[0.0006, 0.02, 0.06]),
     dict(bcn, channel_affine='channel', update_rate=0.06),
+    dict(bcn, fresh_estimates=True),
 ]
 tune = None
 
-report = dict(rows=['method', 'channel_affine', 'update_rate'])
+report = dict(
+    rows=['method', 'channel_affine', 'update_rate', 'fresh_estimates'],
+)

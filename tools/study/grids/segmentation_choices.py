@@ -7,10 +7,17 @@ blocks = [
     dict(bcn, image_pool='GN'),
     dict(bcn, channel_affine='channel'),
     dict(bcn, update_rate=[0.0006, 0.002, 0.02, 0.06]),
-    dict(bcn, image_pool='GN', update_rate=0.06),
+    dict(bcn, image_pool='GN', update_rate=[0.0006, 0.06]),
+    dict(bcn, fresh_estimates=True),
 ]
 tune = None
 
 report = dict(
-    rows=['method', 'channel_affine', 'update_rate', 'image_pool'],
+    rows=[
+        'method',
+        'channel_affine',
+        'update_rate',
+        'image_pool',
+        'fresh_estimates',
+    ],
 )

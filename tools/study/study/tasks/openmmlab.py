@@ -22,10 +22,11 @@ import tempfile
 from typing import List
 
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from wsbcn_mm import micro_batch_model
+from wsbcn_mm import BCN, micro_batch_model
 
 from ..methods import method_cfg
 
@@ -43,6 +44,7 @@ DEFAULTS = dict(
     update_rate=None,
     channel_affine='group',
     image_pool=None,
+    fresh_estimates=False,
     spread=0.5,
     num_train=300,
     num_val=300,
@@ -229,6 +231,15 @@ def _pool_with_group_norm(head: nn.Module) -> None:
     setattr(convolution, convolution.norm_name, group_norm)
 
 
+class _FreshEstimates(Hook):
+    """Forget the classifier's estimates, which are of other images."""
+
+    def before_train(self, runner: Runner) -> None:
+        for module in runner.model.backbone.modules():
+            if isinstance(module, BCN):
+                module.reset_running_stats()
+
+
 def run(settings: dict) -> dict:
     """Train, and evaluate with the library's own metric."""
     settings = {**DEFAULTS, **settings}
@@ -236,6 +247,8 @@ def run(settings: dict) -> dict:
         runner = Runner.from_cfg(build_config(settings, work_dir))
         if settings['image_pool'] == 'GN':
             _pool_with_group_norm(runner.model.decode_head)
+        if settings['fresh_estimates']:
+            runner.register_hook(_FreshEstimates())
         runner.train()
         scalars = runner.message_hub.log_scalars
     metrics = {
