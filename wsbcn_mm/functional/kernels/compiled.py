@@ -184,40 +184,23 @@ def batch_channel_backward(
 
 
 def moved_estimates(
-    mean: Tensor,
-    var: Tensor,
-    *,
-    running_mean: Tensor,
-    running_var: Tensor,
-    count: Tensor,
-    momentum: Optional[float],
-    annealing: bool,
+    mean: Tensor, var: Tensor, **settings
 ) -> Tuple[Tensor, Tensor]:
     if mean.dtype != torch.float32:
-        return cpu.moved_estimates(
-            mean,
-            var,
-            running_mean=running_mean,
-            running_var=running_var,
-            count=count,
-            momentum=momentum,
-            annealing=annealing,
-        )
-    inputs = [
-        t.to(mean.dtype).contiguous()
-        for t in (mean, var, running_mean, running_var)
-    ]
-    estimates = mean.new_empty(2, mean.shape[1])
+        return cpu.moved_estimates(mean, var, **settings)
+    running = settings['running_mean'], settings['running_var']
+    momentum = settings['momentum']
+    new_mean, new_var = mean.new_empty(2, mean.shape[1])
     _call(
         'moved_estimates',
         *mean.shape,
-        count.item(),
+        settings['count'].item(),
         -1.0 if momentum is None else momentum,
-        annealing,
-        *inputs,
-        *estimates,
+        settings['annealing'],
+        *(t.to(mean.dtype).contiguous() for t in (mean, var, *running)),
+        *(new_mean, new_var),
     )
-    return tuple(estimates)
+    return new_mean, new_var
 
 
 def _arguments(

@@ -24,6 +24,7 @@ from .fused_coefficients import (
     pulled_back,
     room_for_shares,
     summed,
+    through_moments,
 )
 from .launch import on_its_device
 from .layout import dense, memory_format
@@ -437,9 +438,9 @@ def _whole_backward(
         PER_CHANNEL,
         SIZE,
     )
-    # The centre is the mean as well: d/dm of (x - m) * scale.
-    slope = 2 * grad_var / length
-    rest = (grad_mean - scale * grad_shift) / length
+    slope, rest = through_moments(
+        grad_mean, grad_var, scale, grad_shift, length
+    )
     value = g * scale[:, None] + centered * slope[:, None] + rest[:, None]
     value = value.to(result.dtype.element_ty)
     tl.store(result + start + offset, value, mask)

@@ -310,6 +310,13 @@ def _backward(
 
 
 @triton.jit
+def through_moments(grad_mean, grad_var, scale, grad_shift, length):
+    """Slope and offset in x of what comes to it through its moments."""
+    # The centre is the mean as well: d/dm of (x - m) * scale.
+    return 2 * grad_var / length, (grad_mean - scale * grad_shift) / length
+
+
+@triton.jit
 def input_coefficients(
     mean,
     var,
@@ -353,10 +360,10 @@ def input_coefficients(
         PER_CHANNEL,
         SIZE,
     )
+    k, rest = through_moments(of_mean, of_var, s, t, length)
     tl.store(scale + row, s, inside)
-    tl.store(slope + row, 2 * of_var / length, inside)
-    # The centre is the mean as well: d/dm of (x - m) * scale.
-    tl.store(offset + row, (of_mean - s * t) / length, inside)
+    tl.store(slope + row, k, inside)
+    tl.store(offset + row, rest, inside)
 
 
 @triton.jit(do_not_specialize=['samples'])

@@ -1,6 +1,7 @@
 """Does a backend compute what the definition does?"""
 
 from types import ModuleType
+from typing import Callable, Tuple
 
 import torch
 from torch import Tensor
@@ -136,21 +137,32 @@ def _check_batch_channel(
             running_var=running_var,
             **constants,
         )
-        if got is None:
-            continue
-        # The definition's scale and pull_back: it was the last of the two.
-        wide_grad, wide, center = (t.double().cpu() for t in (grad, x, mean))
-        expected = backward(plain, wide_grad, wide, center, scale, pull_back)
-        deviation = plain.affine(wide, center, scale, torch.zeros_like(scale))
-        size = wide_grad.abs().max() * (scale.abs().max() + 1)
-        bound = 3 * TOLERANCE[x.dtype] * (expected[0].abs().max() + size)
-        _close('grad of x', got[0], expected[0], bound)
-        _is_laid_out(got[0], x)
-        size = wide_grad.abs().max() * (deviation.abs().max() + 1)
-        size = size * x.numel() / channels / 10  # errors of a sum cancel
-        for actual, wanted in zip(got[1:], expected[1:]):
-            bound = 3 * TOLERANCE[mean.dtype] * (wanted.abs().max() + size)
-            _close('grad of a parameter', actual, wanted, bound)
+        if got is not None:
+            # The definition was the last of the two.
+            _check_backward(got, x, grad, mean, scale, pull_back)
+
+
+def _check_backward(
+    got: Tuple[Tensor, ...],
+    x: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    pull_back: Callable,
+) -> None:
+    """Compare with the definition's passes, given its coefficients."""
+    wide_grad, wide, center = (t.double().cpu() for t in (grad, x, mean))
+    expected = backward(plain, wide_grad, wide, center, scale, pull_back)
+    deviation = plain.affine(wide, center, scale, torch.zeros_like(scale))
+    size = wide_grad.abs().max() * (scale.abs().max() + 1)
+    bound = 3 * TOLERANCE[x.dtype] * (expected[0].abs().max() + size)
+    _close('grad of x', got[0], expected[0], bound)
+    _is_laid_out(got[0], x)
+    size = wide_grad.abs().max() * (deviation.abs().max() + 1)
+    size = size * x.numel() / x.shape[1] / 10  # errors of a sum cancel
+    for actual, wanted in zip(got[1:], expected[1:]):
+        bound = 3 * TOLERANCE[mean.dtype] * (wanted.abs().max() + size)
+        _close('grad of a parameter', actual, wanted, bound)
 
 
 def _check_moved_estimates(
