@@ -18,6 +18,7 @@ from _harness import (
     markdown,
     parser,
     report,
+    saved_bytes,
     synchronize,
 )
 from mmdet.registry import MODELS
@@ -92,7 +93,7 @@ def build(name, args):
 
 
 def run(name, args, height, width):
-    """Seconds, peak MiB and the first step's loss."""
+    """Time and memory of a step, and the first one's loss."""
     model = build(name, args)
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
     scaler = torch.amp.GradScaler(
@@ -103,14 +104,17 @@ def run(name, args, height, width):
     images = torch.randn(args.images, 3, height, width, device=args.device)
     samples = [sample(height, width, args.device) for _ in range(args.images)]
     times, first, clock = [], None, CLOCKS[args.clock]
+
+    def forward():
+        with torch.autocast(args.device, dtype, enabled=args.amp):
+            return model.parse_losses(model.loss(images, samples))[0]
+
     for repeat in range(-2, args.repeats):
         if repeat == 0 and args.device == 'cuda':
             torch.cuda.reset_peak_memory_stats()
         synchronize(args.device)
         start = clock()
-        with torch.autocast(args.device, dtype, enabled=args.amp):
-            losses = model.loss(images, samples)
-            loss, _ = model.parse_losses(losses)
+        loss = forward()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -120,10 +124,15 @@ def run(name, args, height, width):
             times.append(clock() - start)
         if first is None:
             first = float(loss.detach())
-    peak = 0.0
+    peak = 0
     if args.device == 'cuda':
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    return STATISTICS[args.statistic](times), peak, first
+        peak = torch.cuda.max_memory_allocated()
+    return dict(
+        seconds=STATISTICS[args.statistic](times),
+        loss=first,
+        saved_mib=saved_bytes(forward) / 2**20,
+        peak_mib=peak / 2**20,
+    )
 
 
 def main(argv=None):
@@ -142,10 +151,7 @@ def main(argv=None):
     height, width = (96, 128) if args.small else (800, 1344)
     results = []
     for name in each(args.variants, 'Mask R-CNN'):
-        seconds, peak, loss = run(name, args, height, width)
-        results.append(
-            dict(variant=name, seconds=seconds, peak_mib=peak, loss=loss)
-        )
+        results.append(dict(variant=name, **run(name, args, height, width)))
         if args.device == 'cuda':
             torch.cuda.empty_cache()
     base = next(
@@ -157,14 +163,16 @@ def main(argv=None):
             r['variant'],
             r['seconds'] * 1e3,
             r['seconds'] / base['seconds'],
+            r['saved_mib'],
+            r['saved_mib'] / base['saved_mib'],
             r['peak_mib'],
             r['peak_mib'] / (base['peak_mib'] or 1),
         ]
         for r in results
     ]
     header = [
-        'model', 'ms a step', f"/ {base['variant']}", 'peak MiB',
-        f"/ {base['variant']}",
+        'model', 'ms a step', f"/ {base['variant']}", 'saved MiB',
+        f"/ {base['variant']}", 'peak MiB', f"/ {base['variant']}",
     ]  # fmt: skip
     if args.device == 'cpu':  # no peak is measured
         header, rows = header[:-2], [row[:-2] for row in rows]
