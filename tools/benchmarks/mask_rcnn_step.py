@@ -36,7 +36,9 @@ BASE = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 PLAIN, OURS = dict(type='Conv2d'), dict(type='ConvWS')
 MMCV = dict(type='MMCVConvWS')
 GROUPS = dict(type='GN', num_groups=32)
+ZOO = "the zoo's: BN, frozen, in the backbone only"
 VARIANTS = {
+    ZOO: None,
     'BN': (dict(type='BN'), PLAIN),
     'GN': (GROUPS, PLAIN),
     "GN + mmcv's ConvWS": (GROUPS, MMCV),
@@ -83,10 +85,9 @@ def sample(height, width, device, boxes=8):
 
 
 def build(name, args):
-    norm, conv = VARIANTS[name]
-    cfg = micro_batch_model(
-        get_config(BASE).model, norm, conv, pretrained=False
-    )
+    cfg = get_config(BASE).model
+    if name != ZOO:
+        cfg = micro_batch_model(cfg, *VARIANTS[name], pretrained=False)
     torch.manual_seed(0)
     model = MODELS.build(Config(dict(model=cfg)).model)
     return model.to(args.device).train()

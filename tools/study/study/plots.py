@@ -55,10 +55,11 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
             axes.plot(*zip(*dots), linestyle='', alpha=0.8, **style)
             continue
         axes.errorbar(x, y, half, capsize=3, **style)
-    if min(columns) > 0:
-        axes.set_xscale('log', base=2 if _powers_of_two(columns) else 10)
-        if _powers_of_two(columns):
-            axes.set_xticks(columns, [f'{c:g}' for c in columns])
+    if _powers_of_two(columns):
+        axes.set_xscale('log', base=2)
+        axes.set_xticks(columns, [f'{c:g}' for c in columns])
+    elif min(columns) > 0 and max(columns) > 3 * min(columns):
+        axes.set_xscale('log')
     name = report['metric_name']
     axes.set_ylabel(name.replace('accuracy', 'error') if error else name)
     if error or report.get('log'):
