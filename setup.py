@@ -29,6 +29,7 @@ class BuildWithMim(build_py):
     into: links in an editable install, copies in a wheel.
     """
 
+    # MANIFEST.in puts them into an sdist.
     names = ('configs', 'tools', 'model-index.yml')
 
     def run(self):

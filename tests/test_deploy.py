@@ -105,9 +105,24 @@ def test_other_functions_of_weights(conv):
     assert type(folded[0]) is nn.Conv2d
 
 
-def test_bgn_that_splits_channels_is_refused():
-    with pytest.raises(ValueError, match='split'):
-        fold_for_inference(nn.Sequential(nn.Conv2d(3, 8, 1), BGN(8, 3)))
+def test_bgn_that_splits_channels_is_refused_before_any_change():
+    net = nn.Sequential(ConvWS(3, 8, 1), BGN(8, 3)).train()
+    with pytest.raises(RuntimeError, match='split'):
+        fold_for_inference(net, inplace=True)
+    assert [type(m) for m in net] == [ConvWS, BGN] and net.training
+
+
+class OfOurs(nn.Module):
+    """As far as its name says: there is no stock counterpart."""
+
+    __module__ = 'wsbcn_mm.models'
+
+
+def test_what_has_no_counterpart_is_refused_before_any_change():
+    net = nn.Sequential(ConvWS(3, 8, 1), BCN(8), OfOurs())
+    with pytest.raises(RuntimeError, match=r'cannot replace 2 \(OfOurs\)'):
+        fold_for_inference(net, inplace=True)
+    assert [type(m) for m in net] == [ConvWS, BCN, OfOurs]
 
 
 def test_gn_after_ws_keeps_its_gn():
@@ -134,6 +149,21 @@ def test_where_no_convolution_feeds_it_the_affine_stays():
     assert [type(m) for m in folded[0]] == [nn.BatchNorm2d, nn.GroupNorm]
 
 
+@pytest.mark.parametrize('dims', [1, 2, 3])
+def test_an_affine_that_stays_has_the_dimensions_of_its_input(dims):
+    conv = getattr(nn, f'Conv{dims}d')
+    norm = getattr(nn, f'BatchNorm{dims}d')
+    # As the convolution before it, whatever else there is in the network,
+    net = Residual(conv(3, 8, 3))
+    net.other = nn.ConvTranspose2d(3, 8, 3)
+    folded, _ = check(randomize(net), torch.randn(2, 3, *(5,) * dims))
+    assert type(folded.norm[0]) is norm
+    # or as all convolutions, if none is before it.
+    net = nn.Sequential(BCN(4, 2), conv(4, 4, 1), MABN(4, 1, 2))
+    folded, _ = check(randomize(net), torch.randn(2, 4, *(5,) * dims))
+    assert type(folded[0][0]) is norm
+
+
 class TwoLevels(nn.Module):
     """One convolution, a norm for each level, as in RTMDet."""
 
@@ -147,9 +177,9 @@ class TwoLevels(nn.Module):
 
 
 class Residual(nn.Module):
-    def __init__(self):
+    def __init__(self, conv=None):
         super().__init__()
-        self.conv = ConvWS(3, 8, 3)
+        self.conv = conv or ConvWS(3, 8, 3)
         self.norm = BCN(8, 4)
 
     def forward(self, x):
@@ -162,6 +192,85 @@ def test_a_shared_convolution_is_not_touched(net):
     inputs = [torch.randn(1, 3, 7, 7)] * (1 + isinstance(net, TwoLevels))
     _, report = check(randomize(net), *inputs)
     assert not report.folded and report.kept
+
+
+class RawOnDemand(nn.Module):
+    """What the trace does not see: an argument that is not the default."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = BCN(8, 4)
+
+    def forward(self, x, raw=False):
+        return self.conv(x) if raw else self.norm(self.conv(x))
+
+
+class Outer(nn.Module):
+    """Cannot be traced, and uses a convolution of what can be."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = RawOnDemand()
+
+    def forward(self, x):
+        relu = torch.relu_ if x.sum() > 0 else torch.relu
+        return dict(y=[relu(self.inner(x)), self.inner.conv(x)], n=1)
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize(
+    'net, right, wrong',
+    [
+        (RawOnDemand(), lambda x: x, lambda x: dict(x=x, raw=True)),
+        (nn.Sequential(Outer()), None, lambda x: (x,)),
+    ],
+)
+def test_an_example_shows_what_tracing_could_not(net, right, wrong, inplace):
+    net = randomize(net).eval()
+    x = torch.randn(1, 3, 7, 7)
+    if right:
+        fold_for_inference(net, example_inputs=right(x))
+    with pytest.raises(RuntimeError, match=r'differ by .* of the largest'):
+        fold_for_inference(net, inplace, example_inputs=wrong(x))
+    assert any(type(m) is BCN for m in net.modules())
+
+
+@pytest.mark.parametrize(
+    'dtype', [torch.double, torch.float, torch.half, torch.bfloat16]
+)
+def test_an_example_in_any_precision(dtype):
+    layers = [[ConvWS(8, 8, 3), BCN(8, 4), nn.ReLU(True)] for _ in range(5)]
+    net = nn.Sequential(nn.ReLU(True), *sum(layers, []))
+    net = randomize(net).to(dtype).train()
+    x = torch.randn(1, 8, 17, 17, dtype=dtype)
+    before = x.clone()
+    folded = fold_for_inference(net, example_inputs=x)
+    assert not any(is_ours(m) for m in folded.modules())
+    assert torch.equal(x, before)
+    assert net.training and not folded.training
+
+
+def test_an_example_without_anything_to_compare():
+    class Labels(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).argmax(1)
+
+    net = Labels(ConvWS(3, 8, 3), BCN(8, 4))
+    with pytest.raises(ValueError, match='no floating-point tensor'):
+        fold_for_inference(net, example_inputs=torch.randn(1, 3, 7, 7))
+
+
+@pytest.mark.parametrize('dtype', [torch.half, torch.double])
+@pytest.mark.parametrize('norm', [BCN(8, 4), MABN(8, 1, 2)])
+@pytest.mark.parametrize('conv', [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_of_another_precision(conv, norm, dtype):
+    net = nn.Sequential(conv(3, 8, 3).to(dtype), norm)
+    x = torch.randn(1, 3, 7, 7, dtype=dtype)
+    folded, report = check(randomize(net), x, tolerance=1e-2)
+    assert report.folded and folded[0].weight.dtype is dtype
+    # GroupNorm's kernels on a GPU take no other precision than its input's.
+    assert all(p.dtype is dtype for p in folded.parameters())
 
 
 class Scaled(nn.Conv2d):

@@ -132,6 +132,38 @@ def test_tied_weights_are_not_exclusive():
         assert not feeding.exclusive and 'shares its weight' in feeding.reason
 
 
+class UsesParameter(nn.Module):
+    def __init__(self, use):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.norm = nn.GroupNorm(1, 3)
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self.norm(self.conv(x)), self.conv)
+
+
+@pytest.mark.parametrize(
+    'use',
+    [
+        lambda x, conv: nn.functional.conv2d(x, conv.weight),
+        lambda x, conv: x + conv.bias.view(-1, 1, 1),
+        lambda x, conv: x * conv.weight.detach().norm(),
+    ],
+)
+def test_a_parameter_used_outside_the_call_is_a_use(use):
+    for net in (UsesParameter(use), nn.Sequential(UsesParameter(use))):
+        (feeding,) = find_feeding_convolutions(net).values()
+        assert feeding.convolution.endswith('conv')
+        assert not feeding.exclusive
+        assert 'used elsewhere' in feeding.reason
+
+
+def test_looking_at_the_dtype_of_a_parameter_is_no_use():
+    net = UsesParameter(lambda x, conv: x.to(conv.weight.dtype))
+    assert find_feeding_convolutions(net)['norm'].exclusive
+
+
 def test_parts_of_what_cannot_be_traced():
     found = find_feeding_convolutions(Untraceable())
     assert found['block.1'].traced and found['block.1'].exclusive
@@ -179,7 +211,8 @@ def test_timm_and_torchvision():
 
 
 def test_the_network_is_left_as_it_was():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), BCN(8), TwoUses())
+    centered = UsesParameter(lambda x, conv: x - torch.tensor([1.0]))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), BCN(8), TwoUses(), centered)
     before = copy.deepcopy(net.state_dict())
     keys = [sorted(m.__dict__) for m in net.modules()]
     find_feeding_convolutions(net)

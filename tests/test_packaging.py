@@ -1,8 +1,12 @@
-"""A wheel must carry all that a checkout has, and imports must explain."""
+"""What is shipped must carry all that a checkout has; imports must explain.
+
+The wheels here are built from the sdist.
+"""
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,8 +15,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def build_wheel(folder, **env):
-    # A copy, since a build leaves its traces in the source folder.
+@pytest.fixture(scope='module')
+def sdist(tmp_path_factory):
+    # Of a copy, since a build leaves its traces in the source folder.
+    folder = tmp_path_factory.mktemp('sdist')
     source = folder / 'source'
     files = subprocess.run(
         ['git', 'ls-files', '-co', '--exclude-standard'],
@@ -25,9 +31,22 @@ def build_wheel(folder, **env):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    for name in ('tools/__pycache__/train.pyc', 'wsbcn_mm/_old.so'):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).touch()
+    subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'sdist', '-d', str(folder)],
+        check=True,
+        cwd=source,
+    )
+    (path,) = folder.glob('*.tar.gz')
+    return path
+
+
+def build_wheel(sdist, folder, **env):
     subprocess.run(
         [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps']
-        + ['--no-build-isolation', '-w', str(folder), str(source)],
+        + ['--no-build-isolation', '-w', str(folder), str(sdist)],
         check=True,
         env={**os.environ, **env},
     )
@@ -36,8 +55,32 @@ def build_wheel(folder, **env):
 
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    return build_wheel(tmp_path_factory.mktemp('wheel'))
+def wheel(sdist, tmp_path_factory):
+    return build_wheel(sdist, tmp_path_factory.mktemp('wheel'))
+
+
+def test_an_sdist_has_what_a_build_needs(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {
+            name.partition('/')[2]
+            for name in archive.getnames()
+            if '.egg-info' not in name
+        }
+    assert {
+        'LICENSE',
+        'README.md',
+        'model-index.yml',
+        'pyproject.toml',
+        'configs/mask_rcnn/metafile.yml',
+        'tools/train.py',
+        'tools/deploy/fold.py',
+        'wsbcn_mm/functional/kernels/compiled.cpp',
+    } <= names
+    source = sdist.parent / 'source'
+    for part in ('configs', 'tools'):
+        for path in (source / part).rglob('*.py'):
+            assert str(path.relative_to(source)) in names
+    assert not [n for n in names if '__pycache__' in n or n.endswith('.so')]
 
 
 def test_a_wheel_works_outside_the_checkout(wheel, tmp_path):
@@ -65,7 +108,9 @@ assert Config.fromfile('mine.py').model.type == 'MaskRCNN'
     )
 
 
-def test_a_wheel_brings_its_kernels_where_there_is_a_compiler(wheel, tmp_path):
+def test_a_wheel_brings_its_kernels_where_there_is_a_compiler(
+    sdist, wheel, tmp_path
+):
     def libraries(wheel):
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
@@ -73,7 +118,9 @@ def test_a_wheel_brings_its_kernels_where_there_is_a_compiler(wheel, tmp_path):
         return [name for name in names if name.endswith('.so')]
 
     assert len(libraries(wheel)) == 1
-    assert libraries(build_wheel(tmp_path, CC='false', CXX='false')) == []
+    assert (
+        libraries(build_wheel(sdist, tmp_path, CC='false', CXX='false')) == []
+    )
 
 
 def test_a_wheel_depends_on_neither_stack(wheel):

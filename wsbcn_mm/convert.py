@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from .consumers import record_consumers
 from .engine.components import norm_class, with_rate
+from .example_inputs import run_example
 from .feeding import NORMALIZATIONS, find_feeding_convolutions
 from .functional.kernels import statistics_dtype
 from .layers._base import NormBase, largest_divisor
@@ -372,24 +373,14 @@ class _Conversion:
         modes = {m: m.training for m in self.module.modules()}
         for layer in modes:
             layer.training = False
-        args, kwargs = (example_inputs,), {}
-        if isinstance(example_inputs, tuple):
-            args = example_inputs
-        elif isinstance(example_inputs, dict):
-            args, kwargs = (), example_inputs
         try:
             with torch.no_grad():
                 with record_consumers(
                     self.module, self.norm_types
                 ) as consumers:
-                    self.module(*args, **kwargs)
-        except Exception as error:
-            raise ValueError(
-                'convert_to_micro_batch: the network does not run with these '
-                f'example_inputs ({type(error).__name__}: {error}). Expected '
-                'a tuple of its arguments, a dict of keyword arguments, or '
-                'its only argument'
-            ) from error
+                    run_example(
+                        'convert_to_micro_batch', self.module, example_inputs
+                    )
         finally:
             for layer, training in modes.items():
                 layer.training = training

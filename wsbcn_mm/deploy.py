@@ -9,21 +9,23 @@ remains of BCN is a :class:`torch.nn.GroupNorm`; of BN and MABN nothing.
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .example_inputs import run_example
 from .feeding import find_feeding_convolutions
 from .layers import BCN
 from .layers.checkpoint_names import forget_names
-
-STOCK_BATCH_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
+from .stock_layers import (
+    STOCK_BATCH_NORMS,
+    as_batch_norm,
+    as_group_norm,
+    batch_affine,
+    is_ours,
 )
 
 
@@ -35,7 +37,7 @@ class FoldReport:
         folded (dict[str, str]): Normalization -> the convolution that took
             its batch affine.
         kept (dict[str, str]): Normalization whose batch affine stays, as a
-            stock ``BatchNorm2d`` -> why.
+            stock ``BatchNorm`` -> why.
         weights (list[str]): Convolutions whose standardized weight became a
             plain one.
     """
@@ -57,7 +59,10 @@ class FoldReport:
 
 @torch.no_grad()
 def fold_for_inference(
-    module: nn.Module, inplace: bool = False, return_report: bool = False
+    module: nn.Module,
+    inplace: bool = False,
+    return_report: bool = False,
+    example_inputs: Any = None,
 ):
     r"""Replace our layers by stock ones that compute the same in evaluation.
 
@@ -68,21 +73,37 @@ def fold_for_inference(
       before it, :math:`W \leftarrow a W`, and leaves a GroupNorm with one
       affine pair per channel. BN and MABN leave nothing.
     - Where no convolution comes before it, or its output is used elsewhere
-      too, the affine stays as a :class:`torch.nn.BatchNorm2d`, and the
-      report says so.
+      too, the affine stays as a stock BatchNorm, and the report says so. It
+      is made for the dimensions of that convolution; without any, for those
+      that all convolutions of the network have, or else for two.
 
     Args:
         module (nn.Module): A trained network.
         inplace (bool): Whether to change ``module`` itself rather than a
             copy. Default: False
         return_report (bool): Whether to return the report too. Default: False
+        example_inputs (Any): What to run the network with before and after,
+            to compare what it returns: a tuple of arguments, a dict of
+            keyword arguments, or the only argument. Default: None
 
     Returns:
         nn.Module | tuple[nn.Module, FoldReport]: The folded network, in
         evaluation mode; do not train it.
 
     Raises:
-        RuntimeError: If a layer of ours cannot be replaced.
+        RuntimeError: If a layer of ours cannot be replaced, or the outputs
+            for ``example_inputs`` differ by more than rounding. Nothing is
+            changed then.
+        ValueError: If the network does not run with ``example_inputs``, or
+            returns nothing to compare.
+
+    .. note::
+        Where an output goes is found by tracing the forward code with
+        ``torch.fx``: as it runs with the defaults of optional arguments, and,
+        if the network as a whole cannot be traced, in each part by itself, as
+        if nothing else called the layers of that part. Where it runs
+        otherwise, the folded network may compute something else, which
+        ``example_inputs`` show.
 
     Example:
         >>> from wsbcn_mm import BCN, ConvWS
@@ -99,11 +120,17 @@ def fold_for_inference(
             'fold_for_inference: expected a torch.nn.Module, got '
             f'{type(module).__name__}'
         )
+    _check_replaceable(module)
+    if example_inputs is not None and inplace:  # tried first, on a copy
+        fold_for_inference(module, example_inputs=example_inputs)
+        example_inputs = None
     if not inplace:
         module = copy.deepcopy(module)
     module.eval()
     report = FoldReport()
     feedings = find_feeding_convolutions(module)
+    if example_inputs is not None:
+        wanted = _outputs(module, example_inputs)
     for name, conv in list(module.named_modules()):
         if hasattr(conv, 'standardized_weight'):
             module = _replace(module, conv, _plain_convolution(conv))
@@ -113,68 +140,109 @@ def fold_for_inference(
         affine = batch_affine(norm)
         if affine is None:
             continue
+        conv, remainder = None, _remainder(norm)
+        if feeding.convolution is not None:
+            conv = module.get_submodule(feeding.convolution)
+            # GroupNorm's kernels want the precision of their input.
+            remainder.to(conv.weight.dtype)
         reason = feeding.reason
         if feeding.exclusive:
-            conv = module.get_submodule(feeding.convolution)
             folded = _absorb(conv, *affine)
             if folded is not None:
                 module = _replace(module, conv, folded)
-                module = _replace(module, norm, _remainder(norm))
+                module = _replace(module, norm, remainder)
                 report.folded[name] = feeding.convolution
                 continue
             reason = f'{type(conv).__name__} is no ordinary convolution'
         report.kept[name] = reason
         if not isinstance(norm, STOCK_BATCH_NORMS):
-            parts = [as_batch_norm(norm), _remainder(norm)]
+            parts = [as_batch_norm(norm, _dims(conv, module)), remainder]
             module = _replace(module, norm, nn.Sequential(*parts).eval())
     for part in module.modules():
         forget_names(part)
-    left = [n for n, m in module.named_modules() if is_ours(m)]
+    if example_inputs is not None:
+        _check_same(_outputs(module, example_inputs), wanted, module)
+    return (module, report) if return_report else module
+
+
+def _check_replaceable(module: nn.Module) -> None:
+    """Raise an error while nothing is changed."""
+    inside, left = set(), []
+    for name, part in module.named_modules():
+        try:
+            affine = batch_affine(part)
+        except ValueError as error:  # a BGN whose runs split channels
+            raise RuntimeError(
+                f'fold_for_inference cannot replace {name}: {error}'
+            ) from error
+        if affine is not None or hasattr(part, 'standardized_weight'):
+            inside.update(part.modules())
+        elif is_ours(part) and part not in inside:
+            left.append(name)
     if left:
         raise RuntimeError(
             f'fold_for_inference cannot replace {", ".join(left)} '
             f'({type(module.get_submodule(left[0])).__name__})'
         )
-    return (module, report) if return_report else module
 
 
-def is_ours(module: nn.Module) -> bool:
-    """Whether a module needs this package to be loaded."""
-    return type(module).__module__.split('.')[0] == __name__.split('.')[0]
+def _outputs(module: nn.Module, example_inputs: Any) -> List[Tensor]:
+    # A copy, for layers that write into their input.
+    inputs = tree_map_only(Tensor, Tensor.clone, example_inputs)
+    outputs = run_example('fold_for_inference', module, inputs)
+    found = [
+        t
+        for t in tree_leaves(outputs)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.numel()
+    ]
+    if not found:
+        raise ValueError(
+            'fold_for_inference: the network returns no floating-point tensor '
+            f'to compare for these example_inputs, but {type(outputs)}'
+        )
+    return found
 
 
-def batch_affine(norm: nn.Module) -> Optional[Tuple[Tensor, Tensor]]:
-    """The fixed affine, per channel, that a normalization begins with.
+def _check_same(
+    outputs: List[Tensor], wanted: List[Tensor], module: nn.Module
+) -> None:
+    if [t.shape for t in outputs] != [t.shape for t in wanted]:
+        raise RuntimeError(
+            'fold_for_inference: the folded network returns tensors of other '
+            'shapes for these example_inputs'
+        )
+    differences = [
+        (new.float() - old.float()).abs().max() / old.abs().max().clamp(1e-6)
+        for new, old in zip(outputs, wanted)
+    ]
+    difference = torch.tensor(differences).max().item()
+    # float32: rounding through a hundred layers.
+    tolerance = max(1e-4, 64 * _rounding(*wanted, *module.parameters()))
+    if not difference <= tolerance:
+        raise RuntimeError(
+            'fold_for_inference: the outputs of the folded network differ by '
+            f'{difference:.1e} of the largest value for these example_inputs, '
+            f'and {tolerance:.0e} is what rounding explains. Tracing did not '
+            'see all that its forward code does'
+        )
 
-    None if it has none, as GroupNorm, or if it is not known to be fixed.
-    """
-    if isinstance(norm, BCN):
-        scale = norm.batch_weight * (norm.running_var + norm.eps).rsqrt()
-        return scale, norm.batch_bias - norm.running_mean * scale
-    if type(norm) in STOCK_BATCH_NORMS and norm.running_var is not None:
-        scale = (norm.running_var + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -norm.running_mean * scale
-        return scale, shift if norm.bias is None else shift + norm.bias
-    if hasattr(norm, 'inference_affine'):  # MABN, BGN
-        return norm.inference_affine()
-    return None
+
+def _rounding(*tensors: Tensor) -> float:
+    """The rounding error of the coarsest of some tensors."""
+    return max(
+        2**-10  # TensorFloat-32, which cuDNN takes for float32
+        if t.is_cuda and t.dtype is torch.float32
+        else torch.finfo(t.dtype).eps
+        for t in tensors
+        if t.is_floating_point()
+    )
 
 
-def as_batch_norm(norm: nn.Module) -> nn.BatchNorm2d:
-    """The batch affine of a normalization, as a stock layer."""
-    scale, shift = batch_affine(norm)
-    layer = nn.BatchNorm2d(len(scale), norm.eps).to(scale)
-    if isinstance(norm, BCN):
-        layer.weight.data = norm.batch_weight.data.clone()
-        layer.bias.data = norm.batch_bias.data.clone()
-        layer.running_mean = norm.running_mean.clone()
-        layer.running_var = norm.running_var.clone()
-    else:
-        layer.weight.data, layer.bias.data = scale.clone(), shift.clone()
-        layer.running_var.fill_(1 - norm.eps)
-    return layer.eval()
+def _dims(conv: Optional[_ConvNd], module: nn.Module) -> int:
+    """The dimensions of the images that a normalization takes."""
+    convs = module.modules() if conv is None else [conv]
+    found = {len(m.kernel_size) for m in convs if isinstance(m, _ConvNd)}
+    return found.pop() if len(found) == 1 else 2
 
 
 def _remainder(norm: nn.Module) -> nn.Module:
@@ -182,16 +250,6 @@ def _remainder(norm: nn.Module) -> nn.Module:
     if not isinstance(norm, BCN):
         return nn.Identity()
     return as_group_norm(norm)
-
-
-def as_group_norm(norm: BCN) -> nn.GroupNorm:
-    """The channel part of a BCN, as a stock layer."""
-    layer = nn.GroupNorm(norm.num_groups, norm.num_features, norm.eps)
-    layer.to(norm.weight)
-    repeats = norm.num_features // len(norm.weight)
-    layer.weight.data = norm.weight.data.repeat_interleave(repeats)
-    layer.bias.data = norm.bias.data.repeat_interleave(repeats)
-    return layer.eval()
 
 
 def _plain_convolution(conv: nn.Module) -> nn.Module:
@@ -235,16 +293,16 @@ def _absorb(conv: _ConvNd, scale: Tensor, shift: Tensor) -> Optional[_ConvNd]:
     else:
         weight = conv.weight * scale.view(-1, *(1,) * (conv.weight.dim() - 1))
     bias = shift if conv.bias is None else shift + conv.bias * scale
-    folded.weight = nn.Parameter(weight)
-    folded.bias = nn.Parameter(bias)
+    folded.weight = nn.Parameter(weight.to(conv.weight.dtype))
+    folded.bias = nn.Parameter(bias.to(conv.weight.dtype))
     size = [(k - 1) * d + 3 for k, d in zip(conv.kernel_size, conv.dilation)]
     shape = (1, conv.in_channels, *size)
     x = torch.arange(math.prod(shape), device=weight.device).sin()
-    x = x.view(shape).to(weight.dtype)
+    x = x.view(shape).to(conv.weight.dtype)
     affine = [t.view(-1, *(1 for _ in size)) for t in (scale, shift)]
     wanted = conv(x) * affine[0] + affine[1]
     error = (folded(x) - wanted).abs().max()
-    tolerance = 1e-2 if weight.dtype in (torch.half, torch.bfloat16) else 1e-4
+    tolerance = max(1e-4, 4 * _rounding(conv.weight))
     return folded if error <= tolerance * wanted.abs().max() else None
 
 

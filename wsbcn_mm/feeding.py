@@ -28,7 +28,8 @@ class Feeding:
         convolution (str | None): Qualified name of the convolution whose
             output, and nothing else, the normalization takes.
         exclusive (bool): Whether nothing but this normalization takes that
-            convolution's output, so that it can absorb an affine.
+            convolution's output, and nothing else its parameters, so that it
+            can absorb an affine.
         traced (bool): Whether the forward code was followed. If not, the
             answer rests on names and order: ``conv2`` right before ``bn2``.
         reason (str): Why there is no convolution, or it is not exclusive.
@@ -62,9 +63,11 @@ def find_feeding_convolutions(
     names = {m: name for name, m in module.named_modules()}
     norms = [m for m in names if _is_outermost(m, names, module, norm_types)]
     calls = {norm: [] for norm in norms}
-    for graph in _traceable_parts(module, norm_types):
+    used = set()
+    for part in _traceable_parts(module, norm_types):
+        used.update(_used_parameters(part))
         # The outermost trace sees the most: what it saw stands.
-        for norm, found in _calls(graph, norm_types).items():
+        for norm, found in _calls(part, norm_types).items():
             if not calls[norm]:
                 calls[norm] = found
     uses = _weight_uses(module)
@@ -74,13 +77,14 @@ def find_feeding_convolutions(
             feeding = _judge(norm, calls, names)
         else:
             feeding = _from_structure(module, names[norm], names)
-        conv = module.get_submodule(feeding.convolution or '')
-        if feeding.exclusive and uses.get(id(conv.weight), 1) > 1:
-            feeding = Feeding(
-                feeding.convolution,
-                traced=feeding.traced,
-                reason=f'{feeding.convolution} shares its weight',
-            )
+        if feeding.exclusive:
+            name, reason = feeding.convolution, ''
+            conv = module.get_submodule(name)
+            if uses.get(id(conv.weight), 1) > 1:
+                reason = f'{name} shares its weight'
+            elif not used.isdisjoint(conv.parameters()):
+                reason = f'a parameter of {name} is used elsewhere as well'
+            feeding = Feeding(name, not reason, feeding.traced, reason)
         result[names[norm]] = feeding
     return result
 
@@ -139,7 +143,7 @@ def _traceable_parts(
         ).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    seen = set()
+    seen, attributes = set(), set(vars(module))
     try:
         graph = _Tracer(norm_types).trace(module, defaults)
     except Exception:  # whatever its forward says to a symbolic input
@@ -147,6 +151,9 @@ def _traceable_parts(
     else:
         seen = set(_calls((module, graph), norm_types))
         yield module, graph
+    finally:  # constants in the forward code, which fx makes attributes
+        for name in vars(module).keys() - attributes:
+            delattr(module, name)
     wanted = {m for m in module.modules() if isinstance(m, norm_types)}
     for child in module.children():
         if not wanted.intersection(child.modules()) <= seen:
@@ -166,6 +173,16 @@ def _is_metadata(node: fx.Node) -> bool:
     if node.op == 'call_method':
         return node.target in ('size', 'dim')
     return node.op == 'call_function' and node.target is operator.is_
+
+
+def _used_parameters(part) -> Iterator[nn.Parameter]:
+    """Those that the forward code itself takes, past a layer's call."""
+    root, graph = part
+    parameters = dict(root.named_parameters())
+    for node in graph.nodes:
+        if node.op == 'get_attr' and node.target in parameters:
+            if not all(map(_is_metadata, node.users)):
+                yield parameters[node.target]
 
 
 def _calls(part, norm_types) -> Dict[nn.Module, List[tuple]]:

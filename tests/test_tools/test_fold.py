@@ -10,6 +10,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import save_checkpoint
 from mmengine.runner.checkpoint import get_state_dict
 
+from wsbcn_mm.engine import stock
 from wsbcn_mm.engine.checkpoint import read_config
 from wsbcn_mm.engine.stock import NotExpressible, stock_model
 
@@ -251,6 +252,24 @@ def test_deeplab_is_exported(tmp_path, monkeypatch):
     assert (torch.from_numpy(got) - wanted).abs().max() < 1e-4 * (
         wanted.abs().max()
     )
+
+
+def test_all_components_without_a_place_are_found_at_once(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip('mmseg')
+    model, config, _ = trained(
+        tmp_path,
+        DEEPLAB + "model.auxiliary_head.type = 'DepthwiseSeparableFCNHead'",
+    )
+    tried, filled = [], stock._filled
+    monkeypatch.setattr(
+        stock, '_filled', lambda *args: tried.append(1) or filled(*args)
+    )
+    cfg, _ = stock_model(read_config(str(config)), model)
+    for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+        assert head.norm_cfg.type == 'BatchGroupNorm'
+    assert len(tried) == 2
 
 
 def test_what_no_config_expresses(tmp_path):

@@ -22,10 +22,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import HOOKS, MODELS
 from torch import Tensor, nn
 
-from ..deploy import as_batch_norm, as_group_norm, is_ours
 from ..feeding import find_feeding_convolutions
 from ..layers import BCN
 from ..layers._base import NormBase
+from ..stock_layers import as_batch_norm, as_group_norm, is_ours
 
 BCN_TYPES = ('BCN', 'SyncBCN')
 BATCH_TYPES = ('MABN', 'BGN')
@@ -67,13 +67,13 @@ class NotExpressible(ValueError):
 
     Args:
         message (str): Why.
-        module (str | None): The BCN whose batch affine has no place, if that
-            is why. Default: None
+        modules (Collection[str]): The BCNs whose batch affine has no place,
+            if that is why. Default: none
     """
 
-    def __init__(self, message: str, module: Optional[str] = None):
+    def __init__(self, message: str, modules: Collection[str] = ()):
         super().__init__(message)
-        self.module = module
+        self.modules = modules
 
 
 def stock_model_config(
@@ -276,7 +276,7 @@ def _affines_of_convolutions(
     model: nn.Module, stock: nn.Module
 ) -> Dict[str, nn.BatchNorm2d]:
     """What the ``ConvModule`` in a convolution's place has for a BN."""
-    result = {}
+    result, without_place = {}, {}
     for name, feeding in find_feeding_convolutions(model).items():
         norm = model.get_submodule(name)
         if not isinstance(norm, BCN) or not isinstance(
@@ -287,13 +287,18 @@ def _affines_of_convolutions(
         if not feeding.exclusive or not isinstance(
             _counterpart(model, stock, conv), ConvModule
         ):
-            why = feeding.reason or f'{conv} is always a plain convolution'
-            raise NotExpressible(
-                f'the batch affine of {name} has no place in a config of '
-                f'stock layers: {why}. {ADVICE}',
-                module=name,
+            without_place[name] = (
+                feeding.reason or f'{conv} is always a plain convolution'
             )
-        result[conv] = as_batch_norm(norm)
+        else:
+            result[conv] = as_batch_norm(norm)
+    if without_place:
+        name, why = next(iter(without_place.items()))
+        raise NotExpressible(
+            f'the batch affine of {name} has no place in a config of '
+            f'stock layers: {why}. {ADVICE}',
+            modules=without_place,
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and name not in result:
             if isinstance(_counterpart(model, stock, name), ConvModule):
@@ -340,10 +345,11 @@ def stock_model(cfg: Config, model: nn.Module):
             stock = _filled(model_cfg, model)
             break
         except NotExpressible as error:
-            found = error.module and _component(cfg.model, error.module)
-            if not found or found[0] in whole:
+            found = [_component(cfg.model, name) for name in error.modules]
+            paths = {component and component[0] for component in found}
+            if not paths or None in paths or paths & whole:
                 raise
-            whole.add(found[0])
+            whole |= paths
     cfg.model = model_cfg
     for key in ('custom_imports', 'load_from', 'resume'):
         cfg.pop(key, None)
