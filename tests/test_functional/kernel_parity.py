@@ -9,6 +9,7 @@ process begins with TRITON_INTERPRET=1:
 import importlib
 import sys
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +21,11 @@ from torch.utils._python_dispatch import (
 
 from wsbcn_mm import BCN
 from wsbcn_mm.functional import kernels
-from wsbcn_mm.functional.kernels.parity import TOLERANCE, check
+from wsbcn_mm.functional.kernels.parity import (
+    TOLERANCE,
+    check,
+    check_first_use,
+)
 
 LAYOUTS = {
     3: ['contiguous', 'strided'],
@@ -157,6 +162,31 @@ def check_launches():
             *('_forward', '_affine'),
         ], forward
         assert launches.names == backward, launches.names
+
+
+def check_devices():
+    """Every launch is where a guard made the tensors' device current."""
+    fused = backend('fused')
+    kernel_type, guards, launched = type(fused._affine), [], {}
+    original = kernel_type.run
+
+    @contextmanager
+    def device_of(tensor):
+        guards.append(tensor)
+        yield
+        guards.pop()
+
+    def run(kernel, *args, **kwargs):
+        name = kernel.fn.__name__
+        launched[name] = launched.get(name, True) and bool(guards)
+        return original(kernel, *args, **kwargs)
+
+    with (
+        mock.patch.object(torch.cuda, 'device_of', device_of),
+        mock.patch.object(kernel_type, 'run', run),
+    ):
+        check_first_use(fused, torch.device('cpu'), torch.float32)
+    assert '_backward' in launched and all(launched.values()), launched
 
 
 if __name__ == '__main__':

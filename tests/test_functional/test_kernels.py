@@ -1,8 +1,10 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
 import warnings
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +13,10 @@ import kernel_parity
 import pytest
 import torch
 
+from wsbcn_mm import BCN
 from wsbcn_mm.functional import kernels
 from wsbcn_mm.functional.kernels import compiled
+from wsbcn_mm.functional.kernels.layout import dense
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason='needs a CUDA GPU: none here'
@@ -63,23 +67,56 @@ def test_compiled_kernels_say_what_is_not_finite():
 def test_kernels_compiled_from_another_source_are_not_used(
     tmp_path, monkeypatch
 ):
-    (library,) = compiled._SOURCE.parent.glob('_compiled.*so')
-    shutil.copy(library, tmp_path)
+    shutil.copy(compiled._library._name, tmp_path)
     monkeypatch.setattr(compiled, '_SOURCE', tmp_path / 'compiled.cpp')
     compiled._SOURCE.write_text('// edited')
     with pytest.raises(ImportError, match='install the package again'):
         compiled._load()
 
 
+def test_those_of_another_python_may_lie_beside(tmp_path, monkeypatch):
+    ours, source = Path(compiled._library._name), compiled._SOURCE
+    shutil.copy(source, tmp_path)
+    shutil.copy(ours, tmp_path / '_compiled.python2.so')
+    checksum = zlib.crc32(source.read_bytes()).to_bytes(4, sys.byteorder)
+    stale = ours.read_bytes().replace(checksum, bytes(4))
+    (tmp_path / '_compiled.python1.so').write_bytes(stale)
+    (tmp_path / '_compiled.python0.so').write_text('of another machine')
+    monkeypatch.setattr(compiled, '_SOURCE', tmp_path / source.name)
+    assert compiled._load()._name.endswith('python2.so')
+
+
+@pytest.mark.parametrize('negated', [(True, False), (False, True)])
+def test_views_that_torch_negates(negated):
+    """Their memory has the other sign."""
+    x, grad = torch.randn(2, 2, 4, 3, 3)
+    given = [
+        torch._neg_view(-t) if n else t for t, n in zip((x, grad), negated)
+    ]
+    kernel_parity.check(compiled, *given)
+    assert not any(dense(t).is_neg() for t in given)
+    results = []
+    for pair in ((x, grad), given):
+        leaf = pair[0].detach().requires_grad_()
+        y = BCN(4, 2)(leaf)
+        results.append((y, *torch.autograd.grad(y, leaf, pair[1])))
+    torch.testing.assert_close(*results)
+
+
 def test_parity_of_triton_kernels_in_the_interpreter():
     pytest.importorskip('triton')
     if torch.cuda.is_available():
         pytest.skip('they run on the GPU itself here')
+    interpret(kernel_parity.__file__, 'fused')
+
+
+def interpret(*arguments):
+    """Run Python with Triton's interpreter."""
     subprocess.run(
-        [sys.executable, kernel_parity.__file__, 'fused'],
+        [sys.executable, *arguments],
         check=True,
         env={**os.environ, 'TRITON_INTERPRET': '1'},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parent,
         timeout=300,
     )
 
@@ -87,7 +124,26 @@ def test_parity_of_triton_kernels_in_the_interpreter():
 _COUNTS = ('channels', 'groups', 'length', 'samples', 'tiles')
 
 
-@pytest.mark.parametrize('activations', ['fp32', 'fp16', 'bf16'])
+def registers(ptx, capability):
+    """How many a thread takes, by the assembler that Triton brings."""
+    from triton.backends import nvidia
+
+    assembler = Path(nvidia.__file__).parent / 'bin' / 'ptxas'
+    if not assembler.exists():
+        return 0
+    target = f'--gpu-name=sm_{capability}' + 'a' * (capability >= 90)
+    said = subprocess.run(
+        [assembler, '-v', target, '-', '-o', os.devnull],
+        input=ptx,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stderr
+    assert ' 0 bytes spill stores' in said, said
+    return int(re.search(r'Used (\d+) registers', said)[1])
+
+
+@pytest.mark.parametrize('activations', ['fp32', 'fp16', 'bf16', 'fp64'])
 @pytest.mark.parametrize('capability', [80, 90])
 def test_triton_kernels_compile_without_a_gpu(capability, activations):
     """And load 16 bytes at a time in both layouts."""
@@ -96,7 +152,10 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
 
     from wsbcn_mm.functional.kernels import fused, fused_coefficients
 
-    def ptx_of(kernel, **constants):
+    statistics = 'fp64' if activations == 'fp64' else 'fp32'
+    most = 168 if statistics == 'fp64' else 128
+
+    def ptx_of(kernel, options=None, **constants):
         signature, aligned = {}, {}
         for i, name in enumerate(kernel.arg_names):
             if name in constants:
@@ -107,15 +166,17 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
                 signature[name] = 'i32'
             elif name == 'count':
                 signature[name] = '*i64'
+            elif name == 'momentum':
+                signature[name] = 'fp64'
             elif name in ('x', 'grad', 'result'):
                 signature[name] = f'*{activations}'
             else:
-                signature[name] = '*fp32'
+                signature[name] = f'*{statistics}'
             if not is_count or name == 'channels':
                 aligned[(i,)] = [['tt.divisibility', 16]]
         source = ASTSource(kernel, signature, constants, aligned)
         target = compiler.GPUTarget('cuda', capability, 32)
-        return compile(source, target=target).asm['ptx']
+        return compile(source, target=target, options=options).asm['ptx']
 
     for last, channels, positions in [(False, 1, 4096), (True, 64, 64)]:
         tile = dict(
@@ -123,8 +184,9 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
         )
         for name in ('_tile_moments', '_affine', '_tile_sums', '_input_grad'):
             ptx = ptx_of(getattr(fused, name), **tile)
-            assert 'ld.global.v4.b32' in ptx, name
-            assert '.local' not in ptx, f'{name} spills'
+            wide = '2.b64' if statistics == 'fp64' else '4.b32'
+            assert f'ld.global.v{wide}' in ptx, name
+            assert registers(ptx, capability) <= most, name
     ptx_of(fused._join_moments, POSITIONS=4096, TILES=16)
     for per_channel in (False, True):
         group = dict(EPS=1e-5, PER_CHANNEL=per_channel, SIZE=32)
@@ -133,16 +195,17 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
         for last in (False, True):
             ptx = ptx_of(
                 fused._whole_backward,
+                options=dict(num_warps=fused._warps(fused._ELEMENTS)),
                 UNIT=4,
                 CHANNELS_LAST=last,
-                POSITIONS=128,
+                POSITIONS=64 if statistics == 'fp64' else 128,
                 **group,
             )
-            assert '.local' not in ptx
+            assert registers(ptx, capability) <= most
     for annealing in (False, True):
         ptx_of(
             fused_coefficients._move_estimates,
-            MOMENTUM=0.01,
+            AVERAGING=False,
             ANNEALING=annealing,
             SAMPLES=32,
             CHANNELS=32,
@@ -151,7 +214,7 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
 
 def test_triton_launches_where_the_tensors_are(monkeypatch):
     pytest.importorskip('triton')
-    from wsbcn_mm.functional.kernels import fused, launch
+    from wsbcn_mm.functional.kernels import launch
 
     devices = []
 
@@ -165,8 +228,15 @@ def test_triton_launches_where_the_tensors_are(monkeypatch):
     launched = launch.on_its_device(lambda x, y: devices.append(y))
     launched(torch.empty(1, device='meta'), y='launched')
     assert devices == ['meta', 'launched', 'before']
-    functions = [getattr(fused, name) for name in fused.__all__]
-    assert all(hasattr(function, '__wrapped__') for function in functions)
+    interpret('-c', 'import kernel_parity as k; k.check_devices()')
+
+
+def test_triton_compiles_nothing_anew_for_another_update_rate():
+    fused = pytest.importorskip(
+        'wsbcn_mm.functional.kernels.fused_coefficients'
+    )
+    rate = {p.name: p for p in fused._move_estimates.params}['momentum']
+    assert not rate.is_constexpr and rate.annotation_type == 'fp64'
 
 
 @pytest.mark.skipif(

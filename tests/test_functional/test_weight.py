@@ -233,6 +233,16 @@ def test_evaluation_is_never_stale(conv, x, change, grad):
             check(conv, x)
 
 
+@pytest.mark.parametrize('grad', [False, True])
+def test_a_momentum_encoder_in_training_is_never_stale(conv, x, grad):
+    """Edited by ``.data``, as MMEngine's averaged models are."""
+    conv.requires_grad_(False)
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            check(conv, x)
+            conv.weight.data.copy_(torch.randn_like(conv.weight))
+
+
 @pytest.mark.parametrize('training', [False, True])
 def test_copies_carry_no_weight_but_their_own(conv, x, training):
     conv.train(training)

@@ -5,7 +5,7 @@ import mmcv.cnn
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mmdet.models.backbones import ResNet
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -105,6 +105,8 @@ def close(actual, expected, tolerance=1e-9):
 def test_parity_with_textbook(
     n, channels, num_groups, spatial, training, estimate, affine
 ):
+    values = n * torch.Size(spatial).numel()
+    assume(estimate or not training or values > 1)
     norm = BCN(
         channels,
         num_groups,
@@ -293,6 +295,17 @@ def test_one_pixel(training):
     y = norm(torch.randn(1, 8, 1, 1, requires_grad=True))
     y.sum().backward()
     assert y.isfinite().all()
+
+
+def test_one_value_a_channel_is_refused_in_large_batch_training():
+    norm = BCN(8, 4, estimate=False)
+    x = torch.randn(1, 8, 1, 1)
+    with pytest.raises(ValueError, match=r'more than one.*\(1, 8, 1, 1\)'):
+        norm(x)
+    assert norm.num_batches_tracked == 0
+    assert norm(x.expand(2, -1, -1, -1)).isfinite().all()
+    assert norm(x[:0]).shape == (0, 8, 1, 1)
+    assert norm.eval()(x).isfinite().all()
 
 
 @pytest.mark.parametrize('value', [float('inf'), float('nan'), 65504.0])
@@ -493,6 +506,21 @@ def test_groups_divide_the_channels(channels, groups):
     norm = BCN(channels, 32)
     assert norm.num_groups == groups
     assert f'num_groups={groups}' in repr(norm)
+
+
+@pytest.mark.parametrize(
+    ('channels', 'groups', 'advice'), [(32, 32, 16), (18, 32, 9), (2, 4, 1)]
+)
+def test_one_channel_a_group_warns(channels, groups, advice):
+    with pytest.warns(UserWarning, match='one channel a group') as caught:
+        BCN(channels, groups)
+    text = str(caught[0].message)
+    assert f'BCN({channels}, num_groups={groups})' in text
+    assert f"norm_cfg=dict(type='BCN', num_groups={advice})" in text
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        BCN(channels, advice)
+        BCN(1)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,25 @@ def test_a_summary_says_what_was_taken_and_left(messages):
     assert 'Left in the checkpoint: fc.weight' in text
 
 
+def test_what_a_gn_checkpoint_needs_is_said(messages):
+    bcn(channel_affine='channel').load_state_dict(state_of(gn()))
+    ((level, text),) = messages
+    assert level == 'INFO' and 'CalibrateEstimatesHook' in text
+
+
+@pytest.mark.parametrize(
+    'make', [bn, lambda: Block('mabn', lambda c: MABN(c, 1, 2))]
+)
+def test_frozen_layers_without_a_channel_part_warn(messages, make):
+    net = bcn()
+    net.bcn1.requires_grad_(False)
+    net.load_state_dict(state_of(make()))
+    ((_, text),) = [m for m in messages if m[0] == 'WARNING']
+    assert 'never trained' in text and text.endswith('(bcn1)')
+    ((_, text),) = [m for m in messages if m[0] == 'INFO']
+    assert '2: bcn2, downsample.1' in text
+
+
 def test_own_checkpoints_pass_in_silence(load, messages):
     for conv in (nn.Conv2d, ConvWS):
         load(bcn(conv), state_of(randomized(bcn(conv))))
@@ -327,6 +346,43 @@ def test_pretrained_backbone(tmp_path, messages):
     )
     x = torch.randn(1, 3, 12, 12)
     assert torch.allclose(target(x), source(x), atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('norm', [nn.GroupNorm(4, 8), nn.BatchNorm2d(8)])
+@pytest.mark.parametrize(
+    'make', [lambda: BCN(8, 4), lambda: BGN(8, 4), lambda: MABN(8, 1, 2)]
+)
+def test_assigned_to_a_layer_without_memory(make, norm, dtype):
+    with torch.device('meta'):
+        layer = make()
+    if isinstance(norm, nn.GroupNorm) and not isinstance(layer, BCN):
+        pytest.skip('has no use for it')
+    norm = copy.deepcopy(norm).to(dtype)
+    layer.load_state_dict(norm.state_dict(), assign=True)
+    expected = make().to(dtype)
+    expected.load_state_dict(norm.state_dict())
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(
+            value, expected.state_dict()[name], check_dtype=False
+        )
+    x = torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(layer.eval()(x), expected.eval()(x))
+
+
+@pytest.mark.parametrize('eps', [0.0, 1e-5])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_the_estimates_that_a_gn_checkpoint_makes_are_not_new(dtype, eps):
+    """Though ``1 - eps`` may be 1, as those of a new layer are."""
+    norm = BCN(8, 4, eps, 0.05, momentum_annealing=True).to(dtype)
+    norm.load_state_dict(nn.GroupNorm(4, 8).to(dtype).state_dict())
+    assert norm.num_batches_tracked == 20
+
+
+def test_estimates_of_a_half_gn_checkpoint_keep_their_digits():
+    norm = BCN(8, 4)
+    norm.load_state_dict(nn.GroupNorm(4, 8).half().state_dict())
+    assert (norm.running_var + norm.eps == 1).all()
 
 
 @pytest.mark.slow

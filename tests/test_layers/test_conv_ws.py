@@ -161,6 +161,34 @@ def test_the_same_numbers_as_mmcvs():
 
 
 @pytest.mark.parametrize(
+    'change',
+    [
+        torch.Tensor.half,
+        torch.Tensor.bfloat16,
+        lambda w: 2 * w,
+        lambda w: w.half().float() / 3,
+        lambda w: 0 * w,
+    ],
+)
+def test_another_weight_may_be_assigned(change):
+    conv = ConvWS(4, 64, 3, bias=False)
+    weight = change(conv.weight.detach())
+    conv.weight = nn.Parameter(weight)
+    conv = ConvWS(4, 64, 3, bias=False)
+    conv.load_state_dict(dict(weight=change(conv.weight)), assign=True)
+    assert conv.weight.dtype == weight.dtype
+
+
+def test_a_weight_scaled_filter_by_filter_may_not():
+    """As fuse_conv_bn does to a convolution, with or without a bias."""
+    conv = ConvWS(4, 8, 3)
+    factors = torch.ones(8, 1, 1, 1)
+    factors[3] = 1.01
+    with pytest.raises(RuntimeError, match='fold_for_inference'):
+        conv.weight = nn.Parameter(conv.weight.detach() * factors)
+
+
+@pytest.mark.parametrize(
     ('kwargs', 'words'),
     [
         (dict(groups=8, kernel_size=1), ['ConvWS', 'one weight', 'groups=8']),

@@ -247,6 +247,52 @@ def test_activation_checkpointing(use_reentrant, calls):
         close(results[0][1][key], results[1][1][key])
 
 
+def calls_and_backward(norm, xs):
+    """Several calls before a backward pass, which does them again."""
+    ys = [checkpoint(norm, x, use_reentrant=False) for x in xs]
+    sum(y.float().square().sum() for y in ys).backward()
+    return [x.grad for x in xs]
+
+
+def test_more_calls_than_are_remembered_are_refused_to_be_done_again():
+    norm = MABN(6, 1, 2)
+    xs = [torch.randn(1, 6, 4, 4).requires_grad_() for _ in range(9)]
+    with pytest.raises(RuntimeError, match=r'MABN\(6\).*none of the last 8'):
+        calls_and_backward(norm, xs)
+    calls_and_backward(norm, xs[:8])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_a_call_done_again_may_be_rounded_otherwise(dtype):
+    """As by another algorithm of the convolution before."""
+    norm, passes = MABN(6, 1, 2), []
+
+    def rounded(x):
+        passes.append(len(passes))
+        error = torch.finfo(dtype).eps * passes[-1]  # all of the same sign
+        return norm((x * (1 + error)).to(dtype))
+
+    x = torch.randn(1, 6, 1, 1).requires_grad_()
+    checkpoint(rounded, x, use_reentrant=False).float().sum().backward()
+    assert len(passes) > 1 and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('value', [float('inf'), float('nan')])
+def test_a_call_is_found_behind_one_that_overflowed(value):
+    norm = MABN(6, 1, 2, warmup_iters=0)
+    for _ in range(4):
+        norm(torch.randn(1, 6, 4, 4)).square().sum().backward()
+    other = copy.deepcopy(norm)
+    xs = [torch.randn(1, 6, 4, 4).requires_grad_() for _ in range(2)]
+    bad = torch.full_like(xs[0], value).requires_grad_()
+    got = calls_and_backward(norm, [*xs, bad])
+    for x in xs:
+        x.grad = None
+    sum(other(x).square().sum() for x in (*xs, bad)).backward()
+    for x, grad in zip(xs, got):
+        close(grad, x.grad, 1e-5)
+
+
 def test_zero_rois():
     norm = MABN(6, 1, 2)
     before = copy.deepcopy(norm.state_dict())

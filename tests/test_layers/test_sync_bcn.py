@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from wsbcn_mm import BCN, BGN, MABN, ConvWS, SyncBCN
+from wsbcn_mm.layers.batch_statistics import SharedBatchStatistics
 
 STEPS = 3
 TORCH_CONVERT = nn.SyncBatchNorm.convert_sync_batchnorm
@@ -171,6 +172,19 @@ def test_sync_bn_of_mmengine(processes, implementation):
         assert result['costs'] == [(1, 0)] * STEPS
         for name, buffer in whole['buffers'].items():
             close(result['buffers'][name], buffer)
+
+
+def convert_and_copy(module):
+    module = convert_sync_batchnorm(module, 'mmcv')
+    module.append(SyncBCN(8, 4, process_group=dist.group.WORLD))
+    return copy.deepcopy(module)
+
+
+def test_the_default_group_is_copied_and_pickled(processes):
+    net = nn.Sequential(BCN(8, 4), MABN(8, 1, 2))
+    for copied in processes.run(convert_and_copy, [net] * 2):
+        for norm in copied:
+            assert isinstance(norm.batch_statistics, SharedBatchStatistics)
 
 
 @pytest.mark.parametrize(

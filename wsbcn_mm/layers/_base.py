@@ -115,5 +115,25 @@ class NormBase(CheckpointNames, nn.GroupNorm):
                 f'{tuple(x.shape)}'
             )
 
+    def check_batch(
+        self, batch, x: Tensor, channels: int, what: str, advice: str
+    ) -> None:
+        """Raise where a training batch has one value a statistic.
+
+        Args:
+            batch (Batch | SharedBatch): The batch.
+            x (Tensor): Its activations.
+            channels (int): How many channels have one statistic together.
+            what (str): What they are called.
+            advice (str): What to do about it.
+        """
+        if batch.has_single_value(channels):
+            raise ValueError(
+                f'{type(self).__name__}({self.num_features}, num_groups='
+                f'{self.num_groups}): expected more than one value per {what} '
+                f'in training, got an input of shape {tuple(x.shape)}. '
+                f'{advice}'
+            )
+
     def extra_repr(self) -> str:
         return f'{self.num_features}, eps={self.eps}'

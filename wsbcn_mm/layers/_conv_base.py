@@ -23,30 +23,36 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 def _is_rescaled(old: Optional[Tensor], new: Tensor) -> bool:
-    """Whether each filter is a multiple of the old one, not all the same."""
+    """Whether each filter is a multiple of the old one, not all the same.
+
+    One factor for all, but for the rounding of a cast, is no normalization's.
+    """
     if old is None or old.is_meta or new.is_meta or old.shape != new.shape:
         return False
     old, new = (t.detach().double().cpu().flatten(1) for t in (old, new))
-    if torch.equal(old, new) or not new.any():
-        return False
     products = (old * new).sum(1, keepdim=True)
     factors = products / old.square().sum(1, keepdim=True)
-    return torch.allclose(new, factors * old, rtol=1e-3, atol=1e-9)
+    least, most = factors.aminmax()
+    are_several = bool(most - least > 1e-3 * factors.abs().max())
+    return are_several and torch.allclose(
+        new, factors * old, rtol=1e-3, atol=1e-9
+    )
 
 
 class ConvBase:
     """Mixin for a convolution that is done with a function of its weight.
 
-    The function is computed once where it can be: in training for the calls
-    of one step, as those of a head that several levels share, and in
-    evaluation until a parameter changes. A change is seen by autograd's
-    version counter and the memory's address, which tell of
+    The function is computed once where it can be: in training for the calls of
+    one step that share a backward pass, as those of a head that several levels
+    share, and in evaluation until a parameter changes. A change is seen by
+    autograd's version counter and the memory's address, which tell of
     ``load_state_dict``, ``.to()`` and every in-place edit but one through
     ``parameter.data``; steps of optimizers are counted. For what is hidden, a
     backward pass, ``train()`` and ``eval()`` start afresh: MMEngine, which
     swaps parameters for their moving average by ``.data``, calls one of them
     after. Whoever edits ``parameter.data`` between two calls in evaluation
-    must do so too.
+    must do so too; in training without gradients, as a momentum encoder's,
+    every call computes anew.
 
     Attributes:
         min_fan_in (int): How many weights the smallest filter has that the
@@ -110,11 +116,11 @@ class ConvBase:
                 lambda *tensors: function(*tensors, **settings).to(dtype),
                 *tensors,
             )
-            # In training the graphs keep it, and nothing else.
-            is_trained = self.training and shared.value.requires_grad
+            # In training the graphs keep it, and nothing else: a momentum
+            # encoder has none, and is edited through parameter.data.
             self.__dict__['_shared_weight'] = (
                 key,
-                weakref.ref(shared) if is_trained else shared,
+                weakref.ref(shared) if self.training else shared,
             )
         return shared(*tensors)
 

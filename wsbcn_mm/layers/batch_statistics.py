@@ -1,6 +1,7 @@
 """How the ecosystem's switches for Batch Normalization reach a layer."""
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -87,7 +88,9 @@ class SharedBatchStatistics(MMSyncBatchNorm, BatchStatistics):
 
     def __init__(self, process_group=None):
         BatchStatistics.__init__(self)
-        self.process_group = process_group
+        # None says the same of it, and can be copied and pickled.
+        is_default = dist.is_available() and process_group is dist.group.WORLD
+        self.process_group = None if is_default else process_group
 
     forward = BatchStatistics.forward
     reset_parameters = BatchStatistics.reset_parameters

@@ -1,3 +1,4 @@
+import warnings
 from functools import partial
 from typing import Optional, Tuple
 
@@ -52,14 +53,16 @@ class BCN(RunningStatistics, NormBase):
     Args:
         num_features (int): Number of channels C.
         num_groups (int): Number of channel groups. Where it does not divide
-            C, the largest divisor of C not above it is taken. Default: 32
+            C, the largest divisor of C not above it is taken. With one
+            channel a group, of which the constructor warns, the second step
+            is instance normalization. Default: 32
         eps (float): Added to both variances. Default: 1e-5
         momentum (float | None): The update rate r, applied once a training
             forward. A memory of about ``images / r`` images follows from it,
             and it is what should stay fixed: ``r = 0.1 * images per forward /
-            images per optimizer step`` is a good choice (:func:`update_rate`).
-            The default is that of 1 or 2 images of 16. None: the cumulative
-            average of all forwards. Default: 0.01
+            max(images per optimizer step, 16)`` is a good choice
+            (:func:`update_rate`). The default is that of 1 or 2 images of 16.
+            None: the cumulative average of all forwards. Default: 0.01
         estimate (bool): Whether to normalize with estimates (micro-batch)
             rather than with the batch's own statistics. Default: True
         channel_affine (str): ``'group'`` for one pair :math:`\gamma,
@@ -87,8 +90,9 @@ class BCN(RunningStatistics, NormBase):
         - Output: the same shape, dtype and memory format
 
     Raises:
-        ValueError: If an argument is out of range, or the input has another
-            number of channels or of dimensions.
+        ValueError: If an argument is out of range, if the input has another
+            number of channels or of dimensions, or in training with
+            ``estimate=False`` if a channel has a single value over the batch.
         TypeError: If an argument or the input is of another type.
 
     Example:
@@ -131,6 +135,15 @@ class BCN(RunningStatistics, NormBase):
         super().__init__(
             num_features, largest_divisor(num_features, num_groups), eps
         )
+        if self.num_groups == num_features > 1:
+            warnings.warn(
+                f'{name}({num_features}, num_groups={num_groups}) has one '
+                'channel a group: that is instance normalization, by which a '
+                'map of one position becomes constant. For larger groups '
+                f"write norm_cfg=dict(type='{name}', num_groups="
+                f'{num_features // 2}).',
+                stacklevel=2,
+            )
         self.momentum = check_momentum(name, momentum)
         self.estimate = estimate
         self.channel_affine = channel_affine
@@ -163,6 +176,9 @@ class BCN(RunningStatistics, NormBase):
         tracking = self.training and self.batch_statistics.training
         if tracking and not (self.estimate and in_backward()):
             batch = batch_of(self.batch_statistics, x, mean, var)
+            if batch and not self.estimate:
+                advice = 'Use several samples, or estimate=True.'
+                self.check_batch(batch, x, 1, 'channel', advice)
             if batch and not in_backward():
                 estimates = self._update(batch, mean, var)
             if batch and not self.estimate:

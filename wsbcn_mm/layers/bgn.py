@@ -159,14 +159,8 @@ class BGN(RunningStatistics, NormBase):
             mean, var = moments(x)
             batch = batch_of(self.batch_statistics, x, mean, var)
             if batch:
-                if batch.has_single_value(per_group):
-                    raise ValueError(
-                        f'BGN({self.num_features}, num_groups='
-                        f'{self.num_groups}): expected more than one value '
-                        f'per run in training, got an input of shape '
-                        f'{tuple(x.shape)}. Use fewer groups, or several '
-                        'samples.'
-                    )
+                advice = 'Use fewer groups, or several samples.'
+                self.check_batch(batch, x, per_group, 'run', advice)
                 if not in_backward():
                     self._update(batch, mean, var, per_group)
                 return normalize(

@@ -15,6 +15,12 @@ AFFINE_AVERAGED = (
     "the outputs are not those of the checkpoint. Set channel_affine='channel'"
     ' in norm_cfg to keep them.'
 )
+FROZEN = (
+    'A checkpoint without a channel part (BN, MABN or BGN) is loaded into '
+    'frozen layers, whose new channel part is never trained: the outputs stay '
+    'other than those of the checkpoint. Train these layers (frozen_stages=-1,'
+    ' and no requires_grad=False in norm_cfg), or keep their normalization.'
+)
 
 
 def translate_to_bcn(layer, state_dict: Dict[str, Tensor], prefix: str):
@@ -47,10 +53,16 @@ def translate_to_bcn(layer, state_dict: Dict[str, Tensor], prefix: str):
             what = 'MABN, into the batch part (the channel part is new)'
         elif 'bias' in found:
             new = _from_group_norm(layer, found)
-            what = 'GN, into the channel part (the outputs stay the same)'
+            what = (
+                'GN, into the channel part (the outputs stay the same; '
+                'CalibrateEstimatesHook keeps them so as training begins)'
+            )
         else:
             return
-        current_report().take(what, prefix)
+        if 'running_var' in found and not layer.weight.requires_grad:
+            current_report().mismatch(FROZEN, prefix)
+        else:
+            current_report().take(what, prefix)
         for name in found:
             state_dict.pop(prefix + name, None)
         state_dict.update({prefix + k: v for k, v in new.items()})
@@ -62,8 +74,7 @@ def _from_authors(found):
     new.update({name: found[f'bn.{name}'] for name in ESTIMATES})
     # Their update rate is the optimization's business, not the function's.
     new.update({name: found[name].flatten() for name in AFFINE})
-    tracked = found.get('bn.num_batches_tracked')
-    new['num_batches_tracked'] = _count(tracked)
+    new['num_batches_tracked'] = _count(found, 'bn.num_batches_tracked')
     return new
 
 
@@ -72,26 +83,33 @@ def _from_batch_norm(layer, found):
     for name in ESTIMATES:  # BGN's are those of groups
         repeats = layer.num_features // max(len(found[name]), 1)
         new[name] = found[name].repeat_interleave(max(repeats, 1))
-    new['weight'] = torch.ones_like(layer.weight)
-    new['bias'] = torch.zeros_like(layer.bias)
-    new['num_batches_tracked'] = _count(found.get('num_batches_tracked'))
+    # Of the checkpoint's device: with assign=True they replace the layer's.
+    new['weight'] = found['weight'].new_ones(layer.weight.shape)
+    new['bias'] = found['weight'].new_zeros(layer.bias.shape)
+    new['num_batches_tracked'] = _count(found)
     return new
 
 
 def _from_group_norm(layer, found):
     """A batch part that leaves its input as it is."""
+    weight, channels = found['weight'], layer.num_features
+    # In the layer's dtype: half precision, which a checkpoint may have, knows
+    # no 1 - eps.
+    estimates = dict(device=weight.device, dtype=layer.running_var.dtype)
     return dict(
         {name: found[name] for name in AFFINE},
-        batch_weight=torch.ones_like(layer.batch_weight),
-        batch_bias=torch.zeros_like(layer.batch_bias),
-        running_mean=torch.zeros_like(layer.running_mean),
-        running_var=torch.full_like(layer.running_var, 1 - layer.eps),
-        num_batches_tracked=_count(None),
+        batch_weight=weight.new_ones(channels),
+        batch_bias=weight.new_zeros(channels),
+        running_mean=torch.zeros(channels, **estimates),
+        running_var=torch.full((channels,), 1 - layer.eps, **estimates),
+        num_batches_tracked=_count(found) + layer.loaded_count,
     )
 
 
-def _count(tracked) -> Tensor:
-    return torch.tensor(0) if tracked is None else tracked
+def _count(found, name: str = 'num_batches_tracked') -> Tensor:
+    if name in found:
+        return found[name]
+    return found['weight'].new_zeros((), dtype=torch.long)
 
 
 def _fit_affine(layer, state_dict, prefix: str) -> None:

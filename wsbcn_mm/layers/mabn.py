@@ -17,6 +17,9 @@ from .batch_statistics import BatchStatistics
 # not trusted and the ratio r is 1, and afterwards it stays within this factor.
 RATIO_WARMUP_ITERS = 1000
 RATIO_LIMIT = 5.0
+# How far a forward that is done again may be off in its mean squares: more
+# than rounding is, in half precision too, and less than another batch is.
+RECALL_TOLERANCE = 0.05
 
 
 class _Call(NamedTuple):
@@ -260,10 +263,24 @@ class MABN(NormBase):
 
     def _recall(self, batch_square: Tensor) -> _Call:
         """The call whose batch this was, for a layer may be shared."""
-        return min(
-            reversed(self._calls),
-            key=lambda call: (call.batch_square - batch_square).abs().sum(),
-        )
+
+        def error(call: _Call) -> Tensor:
+            total = (call.batch_square - batch_square).abs().sum()
+            return total.nan_to_num(torch.inf, torch.inf)  # the furthest off
+
+        call = min(reversed(self._calls), key=error, default=None)
+        # What is not finite leaves nothing behind, whichever call it is.
+        allowed = RECALL_TOLERANCE * (batch_square + self.eps).sum()
+        if call is None or error(call) > allowed:
+            raise RuntimeError(
+                f'MABN({self.num_features}): a backward pass does a forward '
+                'again (activation checkpointing) that is none of the last '
+                f'{self._calls.maxlen} training forwards of this layer, which '
+                'are all that it remembers. Let no more of them come before '
+                'their backward pass, or do without checkpointing here '
+                '(with_cp=False).'
+            )
+        return call
 
     def __getstate__(self):
         return dict(self.__dict__, _calls=deque(maxlen=self._calls.maxlen))
@@ -303,8 +320,12 @@ class MABN(NormBase):
             state_dict[own['weight']] = scale * (mean_square + self.eps).sqrt()
             state_dict[own['running_var']] = mean_square
             # Its count says nothing of buffers, which are empty.
-            for name in ('buffer_x2', 'buffer_gz', 'num_batches_tracked'):
-                state_dict[own[name]] = torch.zeros_like(getattr(self, name))
+            size = self.buffer_x2.shape
+            state_dict[own['buffer_x2']] = var.new_zeros(size)
+            state_dict[own['buffer_gz']] = var.new_zeros(size)
+            state_dict[own['num_batches_tracked']] = var.new_zeros(
+                (), dtype=torch.long
+            )
 
 
 def _store(buffer: Tensor, slot: Tensor, value: Tensor, is_filled) -> None:

@@ -38,19 +38,26 @@ class RunningStatistics:
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
 
+    @property
+    def loaded_count(self) -> int:
+        """What to count for estimates that are to be moved by r at once."""
+        if not self.momentum_annealing or not self.momentum:
+            return 0
+        return math.ceil(1 / self.momentum)
+
     @torch.no_grad()
     def _trust_estimates(self) -> None:
         """Count forwards for loaded estimates that come without a count.
 
-        Those of torchvision's checkpoints say 0, and those made of a GN's
-        have none: the first forwards must not replace them.
+        Those of torchvision's checkpoints say 0: the first forwards must not
+        replace them.
         """
         count = self.num_batches_tracked
-        if not self.momentum_annealing or not self.momentum or count.is_meta:
+        if not self.loaded_count or count.is_meta:
             return
         is_new = (self.running_mean == 0).all() & (self.running_var == 1).all()
         if count == 0 and not is_new:
-            count.fill_(math.ceil(1 / self.momentum))
+            count.fill_(self.loaded_count)
 
     def _rate(self) -> dict:
         """What makes the update rate of a forward."""

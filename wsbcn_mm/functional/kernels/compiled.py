@@ -52,14 +52,24 @@ _SIGNATURES = dict(
 
 
 def _load():
-    built = sorted(_SOURCE.parent.glob('_compiled.*so'))
-    if not built:
-        return None
-    library = ctypes.CDLL(str(built[0]))
+    failure = None
+    # Several, where several Pythons were built for in one checkout.
+    for built in sorted(_SOURCE.parent.glob('_compiled.*so')):
+        try:
+            return _open(built)
+        except (ImportError, OSError) as error:
+            failure = error
+    if failure is not None:
+        raise failure
+    return None
+
+
+def _open(built: Path):
+    library = ctypes.CDLL(str(built))
     library.source_checksum.restype = ctypes.c_int64
     if library.source_checksum() != zlib.crc32(_SOURCE.read_bytes()):
         raise ImportError(
-            f'{built[0].name} was compiled from another version of '
+            f'{built.name} was compiled from another version of '
             f'{_SOURCE.name}; install the package again'
         )
     for name, arguments in _SIGNATURES.items():
@@ -79,8 +89,10 @@ def _call(name: str, *arguments) -> None:
     )
 
 
-def _is_served(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.is_contiguous()
+def _is_served(x: Tensor, *others: Tensor) -> bool:
+    # The memory of a view that torch negates as it reads it has other signs.
+    is_negated = any(t.is_neg() for t in (x, *others))
+    return x.dtype == torch.float32 and x.is_contiguous() and not is_negated
 
 
 def _shape(x: Tensor) -> Tuple[int, int, int]:
@@ -112,7 +124,7 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
-    if not _is_served(x):
+    if not _is_served(x, grad):
         return cpu.reduce(grad, x, center)
     total, product = x.new_empty(2, *x.shape[:2])
     grad, center = _contiguous(grad, center)
@@ -128,7 +140,7 @@ def input_grad(
     slope: Tensor,
     offset: Tensor,
 ) -> Tensor:
-    if not _is_served(x):
+    if not _is_served(x, grad):
         return cpu.input_grad(grad, x, center, scale, slope, offset)
     result = torch.empty_like(x)
     grad, *small = _contiguous(grad, center, scale, slope, offset)
@@ -170,7 +182,7 @@ def batch_channel_backward(
         passes had better be taken one by one.
     """
     length, threads = _shape(x)[1:]
-    if not _is_served(x) or constants['num_groups'] < threads:
+    if not _is_served(x, grad) or constants['num_groups'] < threads:
         return None
     sizes, inputs = _arguments(mean, var, *parameters, **constants)
     small = mean.new_empty(4, *mean.shape)

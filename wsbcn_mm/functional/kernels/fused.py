@@ -27,7 +27,7 @@ from .fused_coefficients import (
     through_moments,
 )
 from .launch import on_its_device
-from .layout import dense, memory_format
+from .layout import dense
 from .plain import statistics_dtype
 
 __all__ = [
@@ -78,7 +78,7 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 @on_its_device
 def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
-    grad = grad.contiguous(memory_format=memory_format(x))
+    grad = dense(grad, like=x)
     count, grid, arguments = _tiles(x)
     tiles = _empty(x, count)
     _tile_sums[grid](grad, x, center.contiguous(), *tiles, **arguments)
@@ -96,7 +96,7 @@ def input_grad(
     offset: Tensor,
 ) -> Tensor:
     x = dense(x)
-    grad = grad.contiguous(memory_format=memory_format(x))
+    grad = dense(grad, like=x)
     result = torch.empty_like(x)
     small = (t.contiguous() for t in (center, scale, slope, offset))
     _, grid, arguments = _tiles(x)
@@ -121,12 +121,14 @@ def batch_channel_backward(
         mean, var, running_mean, running_var, parameters, num_groups, eps
     )
     x = dense(x)
-    grad = grad.contiguous(memory_format=memory_format(x))
+    grad = dense(grad, like=x)
     shares = room_for_shares(mean, parameters)
     length = x[0, 0].numel()
     unit = math.gcd(length, 8)
     positions = triton.next_power_of_2(length)
-    if arguments['SIZE'] * positions <= _elements(unit):
+    # A float64 takes two registers.
+    registers = arguments['SIZE'] * positions * mean.element_size() // 4
+    if registers <= _elements(unit):
         result = torch.empty_like(x)
         _whole_backward[grid](
             *inputs,
@@ -138,6 +140,7 @@ def batch_channel_backward(
             UNIT=unit,
             CHANNELS_LAST=not x.is_contiguous(),
             POSITIONS=positions,
+            num_warps=_warps(registers),
             **arguments,
         )
     else:
@@ -166,6 +169,12 @@ def _elements(unit: int) -> int:
     """How many a program may have, of rows whose lengths this divides."""
     # Rows that it loads one by one take a register for every address.
     return _ELEMENTS if unit > 2 else _ELEMENTS // 4
+
+
+def _warps(registers: int) -> int:
+    """Of a program that holds as much of x, and of its gradient."""
+    # 16 registers a thread for each: with 32 it takes up to all 255.
+    return max(4, registers // 512)
 
 
 def _tiles(x: Tensor) -> Tuple[int, Tuple[int], dict]:

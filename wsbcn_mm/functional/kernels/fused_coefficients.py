@@ -37,6 +37,7 @@ def batch_channel(
     scale, shift = mean.new_empty(2, *mean.shape)
     _forward[grid](*inputs, scale, shift, **arguments)
 
+    @on_its_device
     def pull_back(grad_scale: Tensor, grad_shift: Tensor):
         grad_mean, grad_var = mean.new_empty(2, *mean.shape)
         shares = room_for_shares(mean, parameters)
@@ -78,7 +79,8 @@ def moved_estimates(
         new_var,
         samples,
         channels,
-        MOMENTUM=-1.0 if momentum is None else momentum,
+        0.0 if momentum is None else momentum,
+        AVERAGING=momentum is None,
         ANNEALING=annealing,
         SAMPLES=min(triton.next_power_of_2(samples), 32),
         CHANNELS=32,
@@ -377,13 +379,14 @@ def _move_estimates(
     new_var,
     samples,
     channels,
-    MOMENTUM: tl.constexpr,
+    momentum: tl.float64,  # or it would come rounded to float32
+    AVERAGING: tl.constexpr,
     ANNEALING: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    rate = tl.full((), MOMENTUM, mean.dtype.element_ty)
-    if MOMENTUM < 0:  # none
+    rate = tl.full((), momentum, mean.dtype.element_ty)
+    if AVERAGING:
         rate = 1 / tl.load(count).to(rate.dtype)
     elif ANNEALING:
         rate = tl.maximum(1 / (tl.load(count) + 1).to(rate.dtype), rate)

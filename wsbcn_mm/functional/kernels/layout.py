@@ -1,3 +1,5 @@
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,10 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def dense(x: Tensor) -> Tensor:
-    """``x``, or a contiguous copy if it has another layout."""
-    return x.contiguous(memory_format=memory_format(x))
+def dense(x: Tensor, like: Optional[Tensor] = None) -> Tensor:
+    """``x``, or a copy in the layout a kernel works in, its or another's.
+
+    Nor is it a view that torch negates as it reads it.
+    """
+    layout = memory_format(x if like is None else like)
+    return x.contiguous(memory_format=layout).resolve_neg()
