@@ -107,6 +107,16 @@ if [ -z "${WITH_CUDA:-}" ]; then
     if command -v nvcc >/dev/null && "$VENV/bin/python" -c \
         'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         WITH_CUDA=1
+    elif nvidia-smi >/dev/null 2>&1; then
+        cuda=$("$VENV/bin/python" -c 'import torch; print(torch.version.cuda)')
+        echo "
+notice: this machine has a GPU, but mmcv's ops are compiled for the CPU only,
+  because there is no nvcc on the PATH, or torch does not see the GPU (an old
+  driver). On the GPU, RoIAlign, NMS and mmcv's other ops will fail, and with
+  them most detectors; classifiers and most segmenters do without. For all of
+  it, install the CUDA toolkit, in torch's version ($cuda), and run
+  rm -rf $VENV && bash tools/setup_env.sh
+"
     fi
 fi
 key=$("$VENV/bin/python" -c "

@@ -10,6 +10,9 @@ from wsbcn_mm.engine.command_line import (
     check_amp,
     check_checkpoint,
     check_datasets,
+    check_pretrained,
+    check_scaled_lr,
+    check_update_rate,
     load_config,
     run,
 )
@@ -65,8 +68,13 @@ def main():
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from') is not None:
         check_checkpoint(cfg.load_from)
+    check_pretrained(cfg)
     check_datasets(cfg, 'train_dataloader', 'val_dataloader')
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    if args.auto_scale_lr:
+        check_scaled_lr(runner)
+    check_update_rate(runner)
+    runner.train()
 
 
 if __name__ == '__main__':

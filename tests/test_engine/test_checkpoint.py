@@ -2,6 +2,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
 
 from wsbcn_mm.engine.checkpoint import (
     publish,
@@ -44,11 +45,20 @@ def test_the_usual_containers(tmp_path, key):
     assert checkpoint['meta'] == {}
 
 
-def test_a_text_file_is_no_checkpoint(tmp_path):
+@pytest.mark.parametrize('text', ['Not found', 'hello\n', ''])
+def test_a_text_file_is_no_checkpoint(tmp_path, text):
     path = tmp_path / 'x.pth'
-    path.write_text('Not found')
+    path.write_text(text)
     with pytest.raises(UsageError, match='cannot be read safely'):
         read_checkpoint(str(path))
+
+
+def test_checkpoints_of_mmengine(tmp_path):
+    path = str(tmp_path / 'x.pth')
+    hub = dict(log_scalars={'loss': HistoryBuffer([1.0], [1])})
+    torch.save(dict(state_dict=state(''), message_hub=hub), path)
+    hub = read_checkpoint(path)['message_hub']
+    assert hub['log_scalars']['loss'].current() == 1
 
 
 def test_publish_leaves_no_half_written_file(tmp_path):

@@ -2,6 +2,8 @@ import io
 import os
 import pickle
 import pickletools
+import subprocess
+import sys
 import zipfile
 from importlib import metadata
 
@@ -9,13 +11,18 @@ import mmengine
 import numpy as np
 import pytest
 import torch
+from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.optimizer import optimizer_wrapper
 from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.utils import digit_version
+from torch import nn
 
-from wsbcn_mm.engine.compat import register_configs
+from wsbcn_mm.engine import compat
+from wsbcn_mm.engine.compat import mmengine_checkpoints, register_configs
 
 refusing = pytest.mark.skipif(
     digit_version(torch.__version__) < digit_version('2.6'),
@@ -31,7 +38,8 @@ def saved(content) -> io.BytesIO:
 
 
 def reloaded(content):
-    return torch.load(saved(content), weights_only=True)
+    with mmengine_checkpoints():
+        return torch.load(saved(content), weights_only=True)
 
 
 class Call:
@@ -189,13 +197,88 @@ def test_history_buffer_cannot_replace_the_methods_of_others():
 @refusing
 def test_stock_mmengine_checkpoint_needs_the_compatibility():
     """Else this module could go."""
-    allowed = torch.serialization.get_safe_globals()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(saved(HistoryBuffer([1.0], [1])), weights_only=True)
+
+
+@pytest.fixture
+def declared_by_others():
+    """The workaround that issue threads give for these checkpoints."""
+    before = torch.serialization.get_safe_globals()
+    multiarray = sys.modules[np.arange(1).__reduce__()[0].__module__]
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            getattr,
+            np.dtype,
+            np.ndarray,
+            multiarray._reconstruct,
+            multiarray.scalar,
+            type(np.dtype('f8')),
+            type(np.dtype('i8')),
+            (np.dtype, 'name.of.others'),
+        ]
+    )
+    yield set(torch.serialization.get_safe_globals())
     torch.serialization.clear_safe_globals()
-    try:
-        with pytest.raises(pickle.UnpicklingError):
-            reloaded(HistoryBuffer([1.0], [1]))
-    finally:
-        torch.serialization.add_safe_globals(allowed)
+    torch.serialization.add_safe_globals(before)
+
+
+@refusing
+def test_what_others_declare_safe_does_not_mix(declared_by_others, tmp_path):
+    """Of two under one name torch takes any: here it is the stand-in."""
+    content = dict(a=np.arange(2), b=HistoryBuffer([1.0], [1]), c=np.int64(3))
+    assert reloaded(content)['b'].current() == 1
+    with pytest.raises(pickle.UnpicklingError):
+        reloaded(Call(getattr, np.ndarray, 'tofile'))
+    path = str(tmp_path / 'x.pth')
+    torch.save(content, path)
+    assert CheckpointLoader.load_checkpoint(path)['b'].current() == 1
+
+
+@refusing
+def test_other_loads_are_left_alone(declared_by_others):
+    for error in (None, KeyError):
+        try:
+            with mmengine_checkpoints():
+                if error:
+                    raise error
+        except KeyError:
+            pass
+        left = torch.serialization.get_safe_globals()
+        assert set(left) == declared_by_others
+    again = torch.load(saved(np.arange(2)), weights_only=True)
+    assert type(again) is np.ndarray
+
+
+@refusing
+def test_one_door_and_nothing_for_the_whole_process():
+    code = (
+        'import torch, wsbcn_mm; '
+        'declared = torch.serialization.get_safe_globals(); '
+        'assert "wsbcn_mm" not in str(declared), declared; '
+        'assert "mmengine" not in str(declared), declared'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
+    door = CheckpointLoader.load_checkpoint
+    compat.allow_mmengine_checkpoints()
+    assert CheckpointLoader.load_checkpoint == door
+
+
+@pytest.mark.parametrize('norm', ['BN', 'BCN', 'SyncBCN'])
+def test_accumulation_warns_of_batch_normalization_only(norm, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        optimizer_wrapper, 'print_log', lambda m, **_: told.append(m)
+    )
+    norm = build_norm_layer(dict(type=norm), 64)[1]
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Sequential(norm))
+    wrapper = optimizer_wrapper.OptimWrapper(
+        torch.optim.SGD(model.parameters(), lr=0.1), accumulative_counts=2
+    )
+    wrapper.initialize_count_status(model, 0, 4)
+    told = [message for message in told if 'BatchNorm' in message]
+    assert len(told) == isinstance(norm, nn.BatchNorm2d)
 
 
 def base_config(tmp_path, base: str) -> Config:

@@ -12,6 +12,7 @@ from training_step import assert_trains, training_step
 
 from wsbcn_mm import BCN, ConvWS, micro_batch_model
 from wsbcn_mm.consumers import record_consumers
+from wsbcn_mm.engine import config
 
 NORM = dict(
     type='BCN', num_groups=32, momentum=0.1 / 16, momentum_annealing=True
@@ -411,7 +412,9 @@ def test_checkpoint_without_counterpart_is_removed_with_a_warning(path):
         'mmseg::deeplabv3/deeplabv3_r50-d8_4xb2-80k_cityscapes-512x1024.py',
     ],
 )
-def test_choice_of_checkpoint(path):
+def test_choice_of_checkpoint(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'my_gn_ws.pth').touch()
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # a choice needs no warning
         model = zoo(path)
@@ -483,10 +486,90 @@ def test_bad_norm_and_conv():
         micro_batch_model(model, conv_cfg=dict(type='ConvWs'))
     with pytest.raises(ValueError, match="conv_cfg must name.*'ReLU'"):
         micro_batch_model(model, conv_cfg=dict(type='ReLU'))
-    with pytest.raises(ValueError, match='images_per_gpu'):
+    with pytest.raises(ValueError, match='^micro_batch_model: images_per_up'):
         micro_batch_model(model, images_per_gpu=32)
     with pytest.raises(TypeError, match='pretrained must be'):
         micro_batch_model(model, pretrained=1.0)
+
+
+@pytest.mark.parametrize(
+    'norm_cfg, message',
+    [
+        (dict(type='BCN', num_group=16), "BCN.*'num_group'.*'num_groups'?"),
+        (dict(type='GN', num_group=16), "GroupNorm.*'num_group'"),
+        (dict(type='SyncBCN', momentums=0.1), "SyncBCN.*'momentums'"),
+        (dict(type='BCN', zzz=1), "no argument 'zzz'. It has .*momentum"),
+        (dict(type='BCN', momentum=2.0), r'BCN: momentum must be .*got 2'),
+        (dict(type='BCN', num_groups=0), 'num_groups must be .*got 0'),
+        (dict(type='BCN', channel_affine='x'), "'group' or 'channel'"),
+        (dict(type='MABN', batch_size=0), 'MABN: batch_size must be'),
+        (dict(type='BGN'), 'num_groups'),
+    ],
+)
+def test_settings_that_a_layer_does_not_take(norm_cfg, message):
+    with pytest.raises(
+        (TypeError, ValueError), match=f'^micro_batch_model: .*{message}'
+    ):
+        micro_batch_model(classifier(depth=50), norm_cfg=norm_cfg)
+
+
+def test_settings_of_a_convolution():
+    model = classifier(depth=50)
+    with pytest.raises(ValueError, match="ConvWS has no argument 'epsilon'"):
+        micro_batch_model(model, conv_cfg=dict(type='ConvWS', epsilon=1e-5))
+    with pytest.raises(ValueError, match='ConvWS: eps'):
+        micro_batch_model(model, conv_cfg=dict(type='ConvWS', eps=-1))
+
+
+@pytest.mark.filterwarnings('error')
+def test_settings_that_a_layer_takes():
+    before = torch.get_rng_state()
+    for norm_cfg in (
+        dict(type='BCN', num_groups=64, requires_grad=True, momentum=None),
+        dict(type='SyncBCN', process_group=None, estimate=False),
+        dict(type='BGN', num_groups=8),
+        dict(type='MABN', warmup_iters=0),
+        dict(type='GN', num_groups=48, eps=1e-3),
+        dict(type='BN', momentum=0.01, track_running_stats=False),
+    ):
+        model = micro_batch_model(classifier(depth=50), norm_cfg=norm_cfg)
+        norm = model.backbone.norm_cfg
+        assert {k: norm[k] for k in norm_cfg} == norm_cfg
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_missing_checkpoint_is_told(tmp_path):
+    model = classifier(depth=50)
+    with pytest.warns(UserWarning, match="no pretrained='no/such.pth'"):
+        micro_batch_model(model, pretrained='no/such.pth')
+    path = tmp_path / 'x.pth'
+    path.write_bytes(b'')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for name in (str(path), 'torchvision://resnet50'):
+            micro_batch_model(model, pretrained=name)
+
+
+def test_warnings_point_at_the_config(tmp_path):
+    with pytest.warns(UserWarning, match='jhu') as caught:
+        from_file(tmp_path, RETINANET.format(''))
+    assert caught[0].filename == str(tmp_path / 'config.py')
+    assert caught[0].lineno == 4
+
+
+def test_another_box_head_is_told_once(monkeypatch):
+    path = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+    told = []
+    monkeypatch.setattr(config, 'print_log', lambda m, logger: told.append(m))
+    config._tell.cache_clear()
+    converted(path)
+    model = converted(path)
+    assert len(told) == 1  # nothing of the mask head, whose type stays
+    assert 'Shared4Conv1FCBBoxHead takes the place of Shared2FC' in told[0]
+    line = 'model.roi_head.bbox_head = _base_.model.roi_head.bbox_head'
+    assert line in told[0]
+    model.roi_head.bbox_head = zoo(path).roi_head.bbox_head
+    assert model.roi_head.bbox_head.type == 'Shared2FCBBoxHead'
 
 
 def test_checkpoint_for_no_backbone():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
 from mmengine.runner import save_checkpoint
 from mmengine.runner.checkpoint import get_state_dict
@@ -76,7 +77,11 @@ def trained(tmp_path, text):
     config.write_text(text)
     model = randomize(MODELS.build(read_config(str(config)).model))
     state = get_state_dict(model)
-    save_checkpoint(dict(state_dict=state, meta={}), str(checkpoint))
+    # What a Runner's checkpoint holds besides, which no plain load allows.
+    hub = dict(log_scalars=dict(loss=HistoryBuffer([1.0], [1])))
+    save_checkpoint(
+        dict(state_dict=state, meta={}, message_hub=hub), str(checkpoint)
+    )
     return model, config, checkpoint
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from mmengine.runner.checkpoint import CheckpointLoader
 
 import wsbcn_mm  # noqa: F401  checkpoints of MMEngine can be loaded
 
@@ -141,7 +142,10 @@ def train_twice(tmp_path, by_epoch, exact):
     assert 'resumed' in resumed
     finish(whole)
     name = 'epoch_4.pth' if by_epoch == 'epoch' else 'iter_16.pth'
-    return [torch.load(f / name, map_location='cpu') for f in folders]
+    return [
+        CheckpointLoader.load_checkpoint(str(folder / name), 'cpu')
+        for folder in folders
+    ]
 
 
 def differences(a, b, path=''):

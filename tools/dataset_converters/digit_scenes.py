@@ -15,10 +15,11 @@ same arguments give the same files, byte for byte.
 
 ``--spread`` says how much one image differs from the next in illumination,
 contrast, colour, texture, object count and size: 0 is one camera in front of
-one table, 1 is like photographs of different places. It is what separates
-normalizing with the statistics of one image from normalizing with those of
-many, so its effect is measured: the manifest and the last lines printed hold
-the share of the pixel variance that lies between images.
+one table, 0.5 is about as photographs of different places, 1 has nothing in
+common. It is what separates normalizing with the statistics of one image from
+normalizing with those of many, so its effect is measured: the manifest and the
+last lines printed hold the share of the pixel variance that lies between
+images.
 
 Example:
     python tools/dataset_converters/digit_scenes.py --out data/digit_scenes
@@ -70,7 +71,8 @@ def parse_args(args=None):
         '--spread',
         type=float,
         default=0.4,
-        help='how much images differ, 0 (all alike) to 1 (as photographs)',
+        help='how much images differ, 0 (all alike) to 1 (nothing in '
+        'common); photographs are at about 0.5',
     )
     parser.add_argument(
         '--overwrite',

@@ -14,7 +14,11 @@ from mmengine.runner import load_checkpoint, save_checkpoint
 
 import wsbcn_mm
 from wsbcn_mm.deploy import fold_for_inference
-from wsbcn_mm.engine.checkpoint import read_config, read_state_dict
+from wsbcn_mm.engine.checkpoint import (
+    read_checkpoint,
+    read_config,
+    read_state_dict,
+)
 from wsbcn_mm.engine.command_line import UsageError, run
 from wsbcn_mm.engine.stock import (
     NotExpressible,
@@ -145,9 +149,7 @@ def main():
 
 
 def _dataset_meta(path: str) -> dict:
-    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    meta = checkpoint.get('meta') or {}
-    return meta.get('dataset_meta') or {}
+    return read_checkpoint(path)['meta'].get('dataset_meta') or {}
 
 
 if __name__ == '__main__':

@@ -13,7 +13,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor
 
-from .command_line import UsageError
+from .command_line import UsageError, config_from_file
+from .compat import mmengine_checkpoints
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
@@ -28,11 +29,21 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     if not osp.isfile(path):
         raise UsageError(f'no checkpoint {path!r}')
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).splitlines()[0] if str(error) else 'it is empty'
+        with mmengine_checkpoints():
+            checkpoint = torch.load(
+                path, map_location='cpu', weights_only=True
+            )
+    except Exception as error:  # bytes that are no pickle raise anything
+        told = isinstance(
+            error, (pickle.UnpicklingError, RuntimeError, OSError)
+        )
+        reason = (
+            str(error).splitlines()[0]
+            if told and str(error)
+            else 'torch.save did not write it, or not all of it.'
+        )
         raise UsageError(
-            f'{path!r} cannot be read safely: {first} Expected a checkpoint '
+            f'{path!r} cannot be read safely: {reason} Expected a checkpoint '
             'of tensors, as torch.save and the MM libraries write them.'
         ) from error
     if not isinstance(checkpoint, dict):
@@ -123,7 +134,7 @@ def read_config(path: str) -> Config:
 
     if not osp.isfile(path):
         raise UsageError(f'no config {path!r}')
-    cfg = Config.fromfile(path)
+    cfg = config_from_file(path)
     if 'model' not in cfg:
         raise UsageError(f'{path!r} has no model.')
     scope = cfg.get('default_scope', 'mmengine')

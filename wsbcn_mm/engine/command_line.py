@@ -4,17 +4,23 @@ import argparse
 import difflib
 import glob
 import importlib
-import inspect
+import logging
 import os
 import os.path as osp
+import re
 import sys
-from typing import Iterator, Tuple
+from typing import Iterator, List, Optional
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
-from mmengine.registry import DATASETS, RUNNERS, init_default_scope
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
+
+from .dataset_files import Missing, missing_files
+from .hooks import SyncEstimatesHook
+from .update_rate import rate_contradiction
 
 # default_scope of a config: what to install
 LIBRARIES = {
@@ -28,6 +34,22 @@ class UsageError(Exception):
     """Something the user can put right: shown without a traceback."""
 
 
+class _Options(DictAction):
+    """MMEngine's, with a message in place of a traceback."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if '=' not in value:
+                parser.error(
+                    f'{option_string} takes key=value, got {value!r}. What '
+                    'is no option comes before it'
+                )
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except AssertionError as error:  # brackets
+            parser.error(f'{option_string}: {error}')
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--work-dir', help='the folder to save logs, models and metrics'
@@ -35,7 +57,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_Options,
         help='override settings of the config, as key=value. A list is '
         'key="[a,b]" or key=a,b, and may be nested: key="[(a,b),(c,d)]"',
     )
@@ -61,13 +83,13 @@ def load_config(args: argparse.Namespace) -> Config:
         raise UsageError(
             f'no config {args.config!r}.{_similar_config(args.config)}'
         )
-    try:
-        cfg = Config.fromfile(args.config)
-    except ImportError as error:
-        raise UsageError(f'{args.config} needs a package: {error}') from error
+    cfg = config_from_file(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+        try:
+            cfg.merge_from_dict(args.cfg_options)
+        except (KeyError, TypeError) as error:
+            raise UsageError(f'--cfg-options: {error.args[0]}') from error
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -75,6 +97,17 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = osp.join('work_dirs', name)
     _import_library(cfg)
     return cfg
+
+
+def config_from_file(path: str) -> Config:
+    """Read a config; raise UsageError where it is wrong in a known way."""
+    try:
+        return Config.fromfile(path)
+    except Exception as error:
+        mistake = _mistake_in_config(path, error)
+        if mistake is None:
+            raise
+        raise UsageError(mistake) from error
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -91,6 +124,40 @@ def build_runner(cfg: Config) -> Runner:
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
+
+
+def check_update_rate(runner: Runner) -> None:
+    """Warn if layers have an update rate for other numbers of images."""
+    batch_size = (runner.cfg.get('train_dataloader') or {}).get('batch_size')
+    # A batch sampler has its own; a FlexibleRunner no model so early.
+    if batch_size is None or not isinstance(runner.model, torch.nn.Module):
+        return
+    contradiction = rate_contradiction(
+        runner.model,
+        batch_size,
+        runner.cfg.optim_wrapper.get('accumulative_counts', 1),
+        runner.world_size,
+        any(isinstance(hook, SyncEstimatesHook) for hook in runner.hooks),
+    )
+    if contradiction:
+        print_log(contradiction, logger='current', level=logging.WARNING)
+
+
+def check_scaled_lr(runner: Runner) -> None:
+    """Raise UsageError if MMEngine would scale the learning rate wrongly."""
+    cfg = runner.cfg
+    base = cfg.auto_scale_lr.base_batch_size
+    counts = cfg.optim_wrapper.get('accumulative_counts', 1)
+    images = cfg.train_dataloader.get('batch_size', 0) * runner.world_size
+    if counts > 1 and base > images > 0:
+        raise UsageError(
+            f'--auto-scale-lr compares base_batch_size={base} with the '
+            f'images of one iteration, {images} here, as if there were no '
+            f'accumulative_counts={counts}, so that it would multiply the '
+            f'learning rate by {images / base:g}. If that is for optimizer '
+            f'steps of {base} images, write auto_scale_lr=dict('
+            f'base_batch_size={base / counts:g}): those of one iteration.'
+        )
 
 
 def check_amp() -> None:
@@ -115,29 +182,38 @@ def check_testable(cfg: Config) -> None:
 
 
 def check_datasets(cfg: Config, *loaders: str) -> None:
-    """Raise UsageError if the files of a data set are not there."""
-    for loader in loaders:
-        if cfg.get(loader) is None:
-            continue
-        for dataset in _innermost_datasets(cfg[loader]['dataset']):
-            for what, path in _files(dataset):
-                if not osp.exists(path):
-                    raise UsageError(
-                        f'no {what} at {path!r}, where {loader} of the '
-                        f'config looks for its {dataset["type"]}. Put it '
-                        'there, or say where it is: --cfg-options '
-                        f'{loader}.dataset.data_root=...{_hint(path)}'
-                    )
+    """Raise UsageError if files of the data sets are not there."""
+    missing = missing_files(cfg, *loaders)
+    if not missing:
+        return
+    lines = [f'no {m.what} at {m.path!r} for {m.owner}' for m in missing]
+    options = ' '.join(f'{m.key}=...' for m in missing)
+    raise UsageError(
+        '\n'.join(lines) + '\nPut them there, or say where they are: '
+        f'--cfg-options {options}' + _hint(missing)
+    )
 
 
 def check_checkpoint(path: str) -> None:
     """Raise UsageError if a local checkpoint is not there."""
-    if '://' in path or osp.isfile(path):
+    if '://' in path or osp.isfile(osp.expanduser(path)):
         return
     folder = osp.dirname(path) or '.'
     found = sorted(glob.glob(osp.join(glob.escape(folder), '*.pth')))
     there = f' There: {", ".join(found)}.' if found else ''
     raise UsageError(f'no checkpoint {path!r}.{there}')
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Raise UsageError if what a model starts from is not there.
+
+    MMEngine reads it before any training, even if another checkpoint comes
+    after, and never for a test.
+    """
+    for part in _dicts(cfg.get('model')):
+        path = part.get('checkpoint')
+        if part.get('type') == 'Pretrained' and isinstance(path, str):
+            check_checkpoint(path)
 
 
 def run(main) -> None:
@@ -146,6 +222,15 @@ def run(main) -> None:
         main()
     except UsageError as error:
         sys.exit(f'error: {error}')
+
+
+def _dicts(cfg) -> Iterator[dict]:
+    if isinstance(cfg, dict):
+        yield cfg
+        cfg = list(cfg.values())
+    if isinstance(cfg, (list, tuple)):
+        for part in cfg:
+            yield from _dicts(part)
 
 
 def _similar_config(path: str) -> str:
@@ -160,6 +245,36 @@ def _similar_config(path: str) -> str:
     if not close:
         return ''
     return ' Did you mean ' + ' or '.join(by_name[name] for name in close)
+
+
+def _mistake_in_config(path: str, error: Exception) -> Optional[str]:
+    """What an exception of reading a config means; None: who knows."""
+    text = str(error)
+    if isinstance(error, ImportError):
+        return f'{path} needs a package: {error}'
+    if isinstance(error, SyntaxError):
+        line = (error.text or '').strip()
+        if osp.isfile(error.filename or ''):
+            where = error.filename
+        else:  # mmengine does not tell, and it may be a base's
+            with open(path, encoding='utf-8') as file:
+                where = path if line in file.read() else f'a base of {path}'
+        return f'{where}, line {error.lineno}: {error.msg}: {line}'
+    if isinstance(error, (NameError, RuntimeError)) and (
+        '_base_' in text or 'inheritance chain' in text
+    ):  # mmengine takes it for its newer style, which has no _base_
+        base = re.search(r'module in (\S+)\. ', text)
+        return (
+            f"{base[1] if base else path}: _base_ = '...' must be the first "
+            'line. Imports, such as that of micro_batch_model, come after it.'
+        )
+    if isinstance(error, FileNotFoundError):
+        return f'{path}: {error}'
+    if isinstance(error, (TypeError, ValueError)) and text.startswith(
+        'micro_batch_model'
+    ):
+        return text
+    return None
 
 
 def _import_library(cfg: Config) -> None:
@@ -178,35 +293,8 @@ def _import_library(cfg: Config) -> None:
     init_default_scope(scope)
 
 
-def _innermost_datasets(dataset: dict) -> Iterator[dict]:
-    if 'dataset' in dataset:
-        yield from _innermost_datasets(dataset['dataset'])
-    elif 'datasets' in dataset:
-        for part in dataset['datasets']:
-            yield from _innermost_datasets(part)
-    else:
-        yield dataset
-
-
-def _files(dataset: dict) -> Iterator[Tuple[str, str]]:
-    """What a data set reads, if it is on this machine to be checked."""
-    if dataset.get('backend_args') or not isinstance(dataset['type'], str):
-        return
-    cls = DATASETS.get(dataset['type'])
-    if cls and 'download' in inspect.signature(cls.__init__).parameters:
-        return
-    root = dataset.get('data_root') or ''
-    if '://' in root:
-        return
-    if root:
-        yield 'data set', root
-    annotations = dataset.get('ann_file') or ''
-    if annotations and '://' not in annotations:
-        yield 'annotation file', osp.join(root, annotations)
-
-
-def _hint(path: str) -> str:
-    if 'digit_scenes' not in path:
+def _hint(missing: List[Missing]) -> str:
+    if not any('digit_scenes' in m.path for m in missing):
         return ''
     return (
         '\nDigit scenes take seconds to make: python '

@@ -10,9 +10,12 @@ a checkpoint run code. ``getattr`` reaches anything. ``numpy.dtype`` with a
 crafted state makes an array take the file's bytes for pointers to objects. A
 crafted ``HistoryBuffer`` replaces the methods of all others. So each of those
 names gets a stand-in here that builds numbers, checks them, and refuses the
-rest.
+rest. The stand-ins are torch's only while MMEngine, or a tool here, reads a
+checkpoint: what a process declares safe by itself, it finds as it was.
 """
 
+import contextlib
+import functools
 import math
 import re
 from importlib import metadata
@@ -23,8 +26,13 @@ import numpy as np
 import torch
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.optimizer import optimizer_wrapper
 from mmengine.runner import checkpoint
 from mmengine.utils import digit_version
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layers.batch_statistics import BatchStatistics
 
 
 class _Dtype:
@@ -121,27 +129,86 @@ def _statistics_method(owner, name):
     return getattr(HistoryBuffer, name)
 
 
-def allow_mmengine_checkpoints() -> None:
-    """Let ``torch.load(weights_only=True)`` read MMEngine's checkpoints."""
+STAND_INS = {
+    'mmengine.logging.history_buffer.HistoryBuffer': _HistoryBuffer,
+    'builtins.getattr': _statistics_method,
+    'builtins.bytes': bytes,  # how pickle writes the bytes of no numbers
+    'numpy.dtype': _Dtype,
+    'numpy.ndarray': _Array,
+}
+for _core in ('numpy._core', 'numpy.core'):  # NumPy 2 and 1
+    STAND_INS[f'{_core}.multiarray._reconstruct'] = _reconstruct
+    STAND_INS[f'{_core}.multiarray.scalar'] = _scalar
+
+
+@contextlib.contextmanager
+def mmengine_checkpoints():
+    """Let ``torch.load(weights_only=True)`` read MMEngine's checkpoints.
+
+    Inside, the stand-ins take the place of whatever is declared safe under
+    their names, since torch would choose one of several by chance. Afterwards
+    everything is as it was. What is safe is so for a whole process: loads of
+    other threads meet the stand-ins meanwhile.
+
+    Example:
+        >>> with mmengine_checkpoints():  # doctest: +SKIP
+        ...     checkpoint = torch.load('epoch_1.pth', weights_only=True)
+    """
     if digit_version(torch.__version__) < digit_version('2.6'):
-        return  # weights_only is not yet the default there
-    stand_ins = {
-        'mmengine.logging.history_buffer.HistoryBuffer': _HistoryBuffer,
-        'builtins.getattr': _statistics_method,
-        'builtins.bytes': bytes,  # how pickle writes the bytes of no numbers
-        'numpy.dtype': _Dtype,
-        'numpy.ndarray': _Array,
-    }
-    for core in ('numpy._core', 'numpy.core'):  # NumPy 2 and 1
-        stand_ins[f'{core}.multiarray._reconstruct'] = _reconstruct
-        stand_ins[f'{core}.multiarray.scalar'] = _scalar
-    torch.serialization.add_safe_globals(
-        [(stand_in, name) for name, stand_in in stand_ins.items()]
-    )
+        yield  # weights_only is not yet the default there
+        return
+    declared = torch.serialization.get_safe_globals()
+    others = [entry for entry in declared if _name(entry) not in STAND_INS]
+    stand_ins = [(stand_in, name) for name, stand_in in STAND_INS.items()]
+    _declare(others + stand_ins)
+    try:
+        yield
+    finally:
+        _declare(declared)
+
+
+def _name(entry) -> str:
+    """Under which name torch takes what has been declared safe."""
+    if isinstance(entry, tuple):
+        return entry[1]
+    return f'{entry.__module__}.{entry.__qualname__}'
+
+
+def _declare(entries: list) -> None:
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(entries)
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let MMEngine read its own checkpoints, with torch's safety on."""
+    if digit_version(torch.__version__) < digit_version('2.6'):
+        return
+    # The one door of testing, resuming, load_from and init_cfg.
+    door = checkpoint.CheckpointLoader.load_checkpoint.__func__
+    if not hasattr(door, 'reads_mmengine_checkpoints'):
+
+        @functools.wraps(door)
+        def load_checkpoint(*args, **kwargs):
+            with mmengine_checkpoints():
+                return door(*args, **kwargs)
+
+        load_checkpoint.reads_mmengine_checkpoints = True
+        checkpoint.CheckpointLoader.load_checkpoint = classmethod(
+            load_checkpoint
+        )
     # The maintained fork declares the names themselves safe, ``getattr`` too,
     # and loads whatever torch refuses with code execution.
     if hasattr(checkpoint, '_safe_torch_load'):
         checkpoint._safe_torch_load = torch.load
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model has a Batch Normalization, in more than name."""
+    return any(
+        isinstance(module, _BatchNorm)
+        and not isinstance(module, BatchStatistics)
+        for module in model.modules()
+    )
 
 
 def register_configs() -> None:
@@ -162,3 +229,5 @@ def register_configs() -> None:
 
 allow_mmengine_checkpoints()
 register_configs()
+# It warns of gradient accumulation, which is what our layers are made for.
+optimizer_wrapper.has_batch_norm = has_batch_norm

@@ -1,16 +1,20 @@
 """What the names in a config mean: classes, and what they take."""
 
 import copy
+import difflib
 import functools
 import inspect
+import warnings
 from typing import Any, Dict, Optional, Set
 
+import torch
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..layers import BCN
+from ..layers._base import check_count
 from .update_rate import LEAST_IMAGES, update_rate
 
 
@@ -61,6 +65,49 @@ def constructor_parameters(component: Optional[type]) -> Dict[str, Any]:
     return found
 
 
+def check_layer(cfg: dict, *args, **kwargs) -> None:
+    """Raise if a layer cannot be built from its config.
+
+    Of a class that is not ours only the names of arguments are checked, and
+    of one that no library here has, nothing.
+
+    Args:
+        cfg (dict): The config, of a registered class.
+        args, kwargs: What a network gives its class beside, for a trial on
+            the meta device.
+
+    Raises:
+        ValueError: If the class has not all the arguments.
+        TypeError, ValueError: What the constructor of one of ours says.
+
+    Example:
+        >>> check_layer(dict(type='BCN', num_group=16), 64)
+        Traceback (most recent call last):
+        ValueError: BCN has no argument 'num_group'. Did you mean 'num_groups'?
+    """
+    cfg = dict(cfg)
+    kind = registered(cfg.pop('type'))
+    for key in ('requires_grad', '_scope_'):  # others take these out
+        cfg.pop(key, None)
+    library = kind.__module__.partition('.')[0]
+    if library in ('wsbcn_mm', 'mmcv', 'mmengine', 'torch'):
+        taken = sorted(constructor_parameters(kind).keys() - {'self'})
+        for key in [key for key in cfg if key not in taken]:
+            close = difflib.get_close_matches(key, taken, n=1)
+            raise ValueError(
+                f'{kind.__name__} has no argument {key!r}. '
+                + (
+                    f'Did you mean {close[0]!r}?'
+                    if close
+                    else f'It has {", ".join(taken)}'
+                )
+            )
+    if library == 'wsbcn_mm':
+        with torch.device('meta'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of numbers that are the trial's
+            kind(*args, **kwargs, **cfg)
+
+
 def norm_class(cfg: Any) -> Optional[type]:
     """The class of a normalization's config; None for anything else."""
     if not isinstance(cfg, dict) or 'type' not in cfg:
@@ -98,6 +145,7 @@ def with_rate(
             norm_cfg.update(momentum=rate, momentum_annealing=True)
     if 'simulated_batch_size' in constructor_parameters(kind):
         batch_size = norm_cfg.setdefault('batch_size', images_per_gpu)
+        check_count(kind.__name__, 'batch_size', batch_size)
         least = -(-LEAST_IMAGES // batch_size) * batch_size
         norm_cfg.setdefault(
             'simulated_batch_size', max(images_per_update, least)

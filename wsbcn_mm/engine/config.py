@@ -1,17 +1,22 @@
 """Any zoo config's model, made ready for one or two images per GPU."""
 
 import copy
+import functools
+import inspect
 import math
+import os.path as osp
 import re
 import warnings
 from typing import Any, Optional, Union
 
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from torch import nn
 
 from ..layers import BCN
 from .components import (
+    check_layer,
     class_name,
     constructor_parameters,
     family,
@@ -20,6 +25,7 @@ from .components import (
     registered,
     with_rate,
 )
+from .update_rate import check_images
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
@@ -169,10 +175,11 @@ def micro_batch_model(
         ``zero_init_residual=False``, as the zoo's from-scratch configs.
 
     Raises:
-        TypeError: If a config is not a dict, or ``pretrained`` of another
-            type.
+        TypeError: If a config is not a dict, or an argument, here or of a
+            layer, of another type.
         ValueError: If a config has no ``type``, the model nothing to replace,
-            or ``norm_cfg`` or ``conv_cfg`` names something else.
+            ``norm_cfg`` or ``conv_cfg`` names something else, or an argument
+            that the layer has not, or a value is impossible.
 
     Example:
         >>> model = dict(type='ImageClassifier',
@@ -207,11 +214,14 @@ def micro_batch_model(
             'micro_batch_model: pretrained must be True, False, None or the '
             f'name of a checkpoint; got {pretrained!r}'
         )
-    conversion = _Conversion(
-        with_rate(norm_cfg, images_per_gpu, images_per_update),
-        dict(conv_cfg),
-        pretrained,
-    )
+    check_images('micro_batch_model', images_per_gpu, images_per_update)
+    try:
+        norm_cfg = with_rate(norm_cfg, images_per_gpu, images_per_update)
+        check_layer(norm_cfg, 64)
+        check_layer(conv_cfg, 64, 64, 3, bias=False)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f'micro_batch_model: {error}') from error
+    conversion = _Conversion(norm_cfg, dict(conv_cfg), pretrained)
     result = conversion.convert(plain_copy(model_cfg), _scope(model_cfg))
     if not conversion.norms and not convert:
         raise ValueError(
@@ -227,6 +237,11 @@ def micro_batch_model(
         raise ValueError(
             f'micro_batch_model: pretrained={pretrained!r} is for the '
             f'backbone, but type={model_cfg["type"]!r} has none'
+        )
+    if isinstance(pretrained, str) and not _may_exist(pretrained):
+        _warn(
+            f'there is no pretrained={pretrained!r}, so that training would '
+            'fail'
         )
     conversion.keep_function_of_checkpoint()
     if convert:
@@ -343,6 +358,12 @@ class _Conversion:
         ):
             head = roi_head.get(name)
             if isinstance(head, dict) and class_name(head.get('type')) == old:
+                if new != old:
+                    _tell(
+                        f'{new} takes the place of {old}, as in the paper. To '
+                        f'keep that: model.roi_head.{name} = '
+                        f'_base_.model.roi_head.{name}, after the call'
+                    )
                 head.update(type=new, norm_cfg=self.norm_cfg)
                 head.setdefault('conv_out_channels', 256)
 
@@ -534,5 +555,19 @@ def _is_plain(conv_cfg: Optional[dict]) -> bool:
     )
 
 
+def _may_exist(checkpoint: str) -> bool:
+    """Whether a checkpoint is there, or would have to be fetched to know."""
+    return '://' in checkpoint or osp.isfile(osp.expanduser(checkpoint))
+
+
+@functools.lru_cache(maxsize=None)  # once, however many configs are read
+def _tell(message: str) -> None:
+    print_log(f'micro_batch_model: {message}.', logger='current')
+
+
 def _warn(message: str) -> None:
-    warnings.warn(f'micro_batch_model: {message}.', stacklevel=2)
+    """Warn of the line that calls this module, most likely of a config."""
+    frame, level = inspect.currentframe(), 1
+    while frame.f_globals.get('__name__') == __name__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f'micro_batch_model: {message}.', stacklevel=level)

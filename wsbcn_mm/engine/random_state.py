@@ -19,7 +19,9 @@ def preserved_random_state():
         tensor([0.4963])
     """
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # By itself fork_rng takes the GPUs of other processes too, and says so.
+    gpu = torch.cuda.is_available()
+    with torch.random.fork_rng([torch.cuda.current_device()] if gpu else []):
         try:
             yield
         finally:

@@ -1,4 +1,12 @@
+import math
+from collections import Counter
+from typing import Optional
+
+from torch import nn
+
+from ..layers import BCN
 from ..layers._base import check_count
+from ..layers.batch_statistics import SharedBatchStatistics
 
 # The fewest images that an optimizer step counts as.
 LEAST_IMAGES = 16
@@ -36,13 +44,89 @@ def update_rate(images_per_gpu: int = 1, images_per_update: int = 16) -> float:
         >>> update_rate(images_per_gpu=2, images_per_update=16)
         0.0125
     """
-    check_count('update_rate', 'images_per_gpu', images_per_gpu)
-    check_count('update_rate', 'images_per_update', images_per_update)
+    check_images('update_rate', images_per_gpu, images_per_update)
+    return 0.1 * images_per_gpu / max(images_per_update, LEAST_IMAGES)
+
+
+def check_images(
+    caller: str, images_per_gpu: int, images_per_update: int
+) -> None:
+    """Raise, in the caller's name, unless a step has the images of a pass."""
+    check_count(caller, 'images_per_gpu', images_per_gpu)
+    check_count(caller, 'images_per_update', images_per_update)
     if images_per_gpu > images_per_update:
         raise ValueError(
-            f'update_rate: images_per_update counts the images of one '
+            f'{caller}: images_per_update counts the images of one '
             f'optimizer step, so it is at least images_per_gpu; got '
             f'images_per_update={images_per_update} and images_per_gpu='
             f'{images_per_gpu}'
         )
-    return 0.1 * images_per_gpu / max(images_per_update, LEAST_IMAGES)
+
+
+def rate_contradiction(
+    model: nn.Module,
+    batch_size: int,
+    accumulative_counts: int = 1,
+    world_size: int = 1,
+    shared: bool = False,
+) -> Optional[str]:
+    """Say where layers have the update rate of another run than this one.
+
+    Looked at are micro-batch layers with an annealed rate, as
+    ``micro_batch_model`` derives it from the numbers of images it was given,
+    1 of 16 if none. A rate that follows from no such numbers was chosen, and
+    so was one that is not annealed.
+
+    Args:
+        model (nn.Module): The model.
+        batch_size (int): Images in one forward pass of one process.
+        accumulative_counts (int): Passes in one optimizer step. Default: 1
+        world_size (int): Number of processes. Default: 1
+        shared (bool): Whether processes share all estimates
+            (``SyncEstimatesHook``). Layers that share theirs by themselves
+            are known. Default: False
+
+    Returns:
+        str | None: What contradicts, with the arguments to write, where a
+        rate is more than 1.5 times away from :func:`update_rate`.
+    """
+    images = batch_size * accumulative_counts * world_size
+    wrong, together = Counter(), batch_size
+    for layer in model.modules():
+        if (
+            not isinstance(layer, BCN)
+            or not layer.estimate
+            or not layer.momentum_annealing
+            or not _is_derived(layer.momentum)
+        ):
+            continue
+        sharing = shared or isinstance(
+            layer.batch_statistics, SharedBatchStatistics
+        )
+        per_gpu = batch_size * world_size if sharing else batch_size
+        ratio = layer.momentum / update_rate(per_gpu, images)
+        if not 1 / 1.5 <= ratio <= 1.5:
+            wrong[layer.momentum] += 1
+            together = per_gpu
+    if not wrong:
+        return None
+    rates = ' and '.join(f'{rate:g}' for rate in wrong)
+    return (
+        f'{sum(wrong.values())} BCN layers have momentum={rates}, which is '
+        f'for other numbers of images than those of this run: batch_size='
+        f'{batch_size}, accumulative_counts={accumulative_counts}, '
+        f'{world_size} process{"es" * (world_size > 1)}, for which '
+        f'{update_rate(together, images):g} is proposed. In '
+        f'micro_batch_model write images_per_gpu={together}, '
+        f'images_per_update={images}. A momentum chosen on purpose needs '
+        'nothing.'
+    )
+
+
+def _is_derived(rate: Optional[float]) -> bool:
+    """Whether a rate is that of whole images of usual optimizer steps."""
+    for images in (*range(LEAST_IMAGES, 65), 128, 256, 512, 1024, 2048, 4096):
+        count = (rate or 0) / 0.1 * images
+        if round(count) >= 1 and math.isclose(count, round(count)):
+            return True
+    return False

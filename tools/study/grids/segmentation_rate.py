@@ -3,6 +3,6 @@
 # that the package proposes.
 _base_ = './segmentation.py'
 bcn = dict(method='BCN+WS', images=1)
-blocks = [dict(bcn, update_rate=[0.0006, 0.002, 0.02, 0.06]), bcn]
+blocks = [dict(bcn, update_rate=[0.0006, 0.02, 0.06]), bcn]
 
 report = dict(rows=['method', 'update_rate'])

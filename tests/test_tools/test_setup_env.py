@@ -1,0 +1,50 @@
+import os
+import os.path as osp
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = osp.abspath(osp.join(osp.dirname(__file__), '../..'))
+INPUTS = (
+    'setup.py',
+    'tools/setup_env.sh',
+    'wsbcn_mm/functional/kernels/compiled.cpp',
+)
+
+
+@pytest.mark.parametrize('gpu', [False, True])
+def test_a_gpu_without_nvcc_is_told_before_the_compiling(tmp_path, gpu):
+    """The script runs with stand-ins for what it calls."""
+    for name in INPUTS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(osp.join(ROOT, name), tmp_path / name)
+    stand_ins = {
+        'bin/nvidia-smi': f'exit {int(not gpu)}',
+        '.venv/bin/pip': 'exit 0',
+        '.venv/bin/python': (
+            'case "$*" in *version.cuda*) echo 13.0;; '
+            '*is_available*) exit 1;; esac'
+        ),
+    }
+    for name, body in stand_ins.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/sh\n{body}\n')
+        path.chmod(0o755)
+    environment = {
+        'PATH': f'{tmp_path}/bin{os.pathsep}/usr/bin{os.pathsep}/bin',
+        'PYTHON': shutil.which('python3'),
+        'WSBCN_CACHE': str(tmp_path / 'cache'),
+    }
+    done = subprocess.run(
+        ['bash', 'tools/setup_env.sh'],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    notice, compiling, _ = done.stdout.partition('Compiling mmcv')
+    assert compiling, done.stderr
+    assert ('RoIAlign, NMS and' in notice) == gpu
+    assert ("in torch's version (13.0)" in notice) == gpu

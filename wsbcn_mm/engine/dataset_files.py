@@ -1,0 +1,120 @@
+"""Which files of a config's data sets are not on this machine."""
+
+import inspect
+import os.path as osp
+from typing import Any, Iterator, List, NamedTuple, Tuple
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+
+# The folders that every pipeline reads. Others, such as that of the ground
+# truth, may be named and never looked at.
+IMAGE_PREFIXES = ('img', 'img_path')
+
+
+class Missing(NamedTuple):
+    """A path that is not there, and the setting that names it."""
+
+    key: str
+    what: str
+    path: str
+    owner: str
+
+
+def missing_files(cfg: Config, *loaders: str) -> List[Missing]:
+    """What the data sets of some loaders, and their evaluators, lack.
+
+    What may be elsewhere (a URL, a storage backend, a data set that downloads
+    itself) is not looked for.
+
+    Args:
+        cfg (Config): A whole config, whose library is the default scope.
+        loaders (str): Such as ``'train_dataloader'``.
+
+    Returns:
+        list[Missing]: One for each setting, in the order of the loaders.
+    """
+    missing = []
+    for loader in loaders:
+        for key, dataset in _leaves(loader, cfg.get(loader)):
+            missing += _of_dataset(key, dataset)
+        evaluator = loader.replace('_dataloader', '_evaluator')
+        for key, metric in _leaves(evaluator, cfg.get(evaluator)):
+            missing += _of_metric(key, metric)
+    return missing
+
+
+def _leaves(key: str, cfg: Any) -> Iterator[Tuple[str, dict]]:
+    """The dicts inside of all wrappers, with their keys for --cfg-options."""
+    if isinstance(cfg, (list, tuple)):
+        for index, part in enumerate(cfg):
+            yield from _leaves(f'{key}.{index}', part)
+    elif isinstance(cfg, dict):
+        for name in ('dataset', 'datasets', 'metrics'):
+            if name in cfg:
+                yield from _leaves(f'{key}.{name}', cfg[name])
+                return
+        yield key, cfg
+
+
+def _of_dataset(key: str, dataset: dict) -> Iterator[Missing]:
+    if 'type' not in dataset or _is_elsewhere(dataset):
+        return
+    owner = getattr(dataset['type'], '__name__', dataset['type'])
+    root = osp.expanduser(dataset.get('data_root') or '')
+    paths = [(f'{key}.ann_file', 'annotation file', dataset.get('ann_file'))]
+    prefix = dataset.get('data_prefix')
+    if isinstance(prefix, dict):
+        for name in IMAGE_PREFIXES:
+            paths.append(
+                (f'{key}.data_prefix.{name}', 'image folder', prefix.get(name))
+            )
+    else:
+        paths.append((f'{key}.data_prefix', 'image folder', prefix))
+    paths = [
+        (name, what, osp.expanduser(path))
+        for name, what, path in paths
+        if path and isinstance(path, str) and '://' not in path
+    ]
+    absolute = [path for path in paths if osp.isabs(path[2])]
+    if root and not osp.exists(root):
+        if not paths or len(absolute) < len(paths):  # else nobody needs it
+            yield Missing(f'{key}.data_root', 'data set', root, owner)
+        paths = absolute
+    for name, what, path in paths:
+        path = osp.join(root, path)
+        if not osp.exists(path):
+            yield Missing(name, what, path, owner)
+
+
+def _is_elsewhere(dataset: dict) -> bool:
+    """Whether a data set's files are not on this machine, or not yet."""
+    if '://' in (dataset.get('data_root') or ''):
+        return True
+    steps = [s for s in dataset.get('pipeline') or [] if isinstance(s, dict)]
+    if any(part.get('backend_args') for part in (dataset, *steps)):
+        return True
+    cls = dataset['type']
+    if isinstance(cls, str):
+        try:
+            with DATASETS.switch_scope_and_registry(None) as registry:
+                cls = registry.get(cls)
+        except RuntimeError:  # nothing of this name: the runner will say so
+            cls = None
+    return (
+        inspect.isclass(cls)
+        and 'download' in inspect.signature(cls.__init__).parameters
+        and dataset.get('download', True)
+    )
+
+
+def _of_metric(key: str, metric: dict) -> Iterator[Missing]:
+    path = metric.get('ann_file')
+    if (
+        isinstance(path, str)
+        and '://' not in path
+        and not metric.get('backend_args')
+        and not osp.exists(osp.expanduser(path))
+    ):
+        owner = getattr(metric.get('type'), '__name__', metric.get('type'))
+        yield Missing(f'{key}.ann_file', 'annotation file', path, owner)
