@@ -207,7 +207,7 @@ def learning_rates(results: dict, report: dict, grid: Grid) -> str:
         key = (*(settings.get(n) for n in rows), settings[report['columns']])
         found.setdefault(key, {}).setdefault(settings['lr'], []).append(run)
     lines = [
-        f'| tuned on validation scenes | {report["columns"]} | '
+        f'| score on tuning scenes | {report["columns"]} | '
         + ' | '.join(f'lr {rate:g}' for rate in rates)
         + ' |',
         '| --- | ---: |' + ' ---: |' * len(rates),
