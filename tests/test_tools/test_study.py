@@ -12,6 +12,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 import wsbcn_mm  # noqa: F401
+from wsbcn_mm.engine.checkpoint import read_checkpoint
 
 STUDY = osp.join(osp.dirname(__file__), '..', '..', 'tools', 'study')
 sys.path.insert(0, STUDY)
@@ -451,7 +452,7 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
         cell = {**openmmlab.DEFAULTS, **grid.cells[0], **cell}
         found = run_cell(cell, str(tmp_path / 'cells'))
         assert 'error' not in found, found['traceback']
-        start = torch.load(openmmlab.classifier(cell))
+        start = read_checkpoint(openmmlab.classifier(cell))
         backbone = start['state_dict']['backbone.conv1.weight']
         cfg = openmmlab.build_config(cell, 'work')
         model = MODELS.build(cfg.model)
