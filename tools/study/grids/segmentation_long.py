@@ -7,7 +7,8 @@ blocks = [
     dict(method=['BCN+WS', 'GN+WS'], images=1),
     dict(method='BN', images=2),
     dict(method='MABN+CenConv', images=1),
+    dict(method='BCN+WS', images=1, update_rate=0.0006, image_pool='GN'),
 ]
 tune = None
 
-report = dict(rows=['method', 'update_rate'])
+report = dict(rows=['method', 'update_rate', 'image_pool'])
