@@ -211,11 +211,7 @@ def _check_same(
             'fold_for_inference: the folded network returns tensors of other '
             'shapes for these example_inputs'
         )
-    differences = [
-        (new.float() - old.float()).abs().max() / old.abs().max().clamp(1e-6)
-        for new, old in zip(outputs, wanted)
-    ]
-    difference = torch.tensor(differences).max().item()
+    difference = largest_difference(outputs, wanted)
     # float32: rounding through a hundred layers.
     tolerance = max(1e-4, 64 * _rounding(*wanted, *module.parameters()))
     if not difference <= tolerance:
@@ -225,6 +221,15 @@ def _check_same(
             f'and {tolerance:.0e} is what rounding explains. Tracing did not '
             'see all that its forward code does'
         )
+
+
+def largest_difference(outputs: List[Tensor], wanted: List[Tensor]) -> float:
+    """Of tensors, relative to the largest value of each."""
+    differences = [
+        (new.float() - old.float()).abs().max() / old.abs().max().clamp(1e-6)
+        for new, old in zip(outputs, wanted)
+    ]
+    return torch.tensor(differences).max().item()
 
 
 def _rounding(*tensors: Tensor) -> float:

@@ -11,14 +11,11 @@ import os
 import torch
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint, save_checkpoint
+from torch.utils._pytree import tree_leaves
 
 import wsbcn_mm
-from wsbcn_mm.deploy import fold_for_inference
-from wsbcn_mm.engine.checkpoint import (
-    read_checkpoint,
-    read_config,
-    read_state_dict,
-)
+from wsbcn_mm.deploy import fold_for_inference, largest_difference
+from wsbcn_mm.engine.checkpoint import read_checkpoint, read_config
 from wsbcn_mm.engine.command_line import UsageError, run
 from wsbcn_mm.engine.stock import (
     NotExpressible,
@@ -67,7 +64,7 @@ def outputs(model, image):
                 )
         else:
             result = model(image, mode='tensor')
-    return list(_tensors(result))
+    return [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
 
 
 def _proposals(boxes):
@@ -76,32 +73,24 @@ def _proposals(boxes):
     return InstanceData(bboxes=boxes)
 
 
-def _tensors(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-
-
 def compare(model, folded, image) -> float:
-    differences = []
-    for new, old in zip(outputs(folded, image), outputs(model, image)):
-        scale = old.abs().max().clamp(min=1e-6)
-        differences.append(((new - old).abs().max() / scale).item())
-    if not max(differences) < TOLERANCE:
+    difference = largest_difference(
+        outputs(folded, image), outputs(model, image)
+    )
+    if not difference < TOLERANCE:
         raise UsageError(
             f'the folded model does not compute the same (it is off by '
-            f'{max(differences):.1e} of the largest output); nothing was '
+            f'{difference:.1e} of the largest output); nothing was '
             'written. Please report it.'
         )
-    return max(differences)
+    return difference
 
 
 def main():
     args = parse_args()
     cfg = read_config(args.config)
-    read_state_dict(args.checkpoint)  # says what is wrong with it, if so
+    # Says what is wrong with it, if so.
+    meta = read_checkpoint(args.checkpoint)['meta'] or {}
     model = MODELS.build(cfg.model)
     load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True)
     model.eval()
@@ -128,7 +117,7 @@ def main():
                 state_dict=stock.state_dict(),
                 meta=dict(
                     folded_by=f'wsbcn_mm {wsbcn_mm.__version__}',
-                    dataset_meta=_dataset_meta(args.checkpoint),
+                    dataset_meta=meta.get('dataset_meta') or {},
                 ),
             ),
             f'{args.out}.pth',
@@ -146,10 +135,6 @@ def main():
         f'Wrote {written}. Outputs differ by at most {difference:.1e} of the '
         'largest one.'
     )
-
-
-def _dataset_meta(path: str) -> dict:
-    return read_checkpoint(path)['meta'].get('dataset_meta') or {}
 
 
 if __name__ == '__main__':

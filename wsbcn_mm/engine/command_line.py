@@ -18,6 +18,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
+from .config import may_exist
 from .dataset_files import Missing, missing_files
 from .hooks import SyncEstimatesHook
 from .update_rate import rate_contradiction
@@ -196,7 +197,7 @@ def check_datasets(cfg: Config, *loaders: str) -> None:
 
 def check_checkpoint(path: str) -> None:
     """Raise UsageError if a local checkpoint is not there."""
-    if '://' in path or osp.isfile(osp.expanduser(path)):
+    if may_exist(path):
         return
     folder = osp.dirname(path) or '.'
     found = sorted(glob.glob(osp.join(glob.escape(folder), '*.pth')))

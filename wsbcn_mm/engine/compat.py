@@ -129,6 +129,8 @@ def _statistics_method(owner, name):
     return getattr(HistoryBuffer, name)
 
 
+# Whether weights_only is the default of torch.load.
+REFUSES_BY_DEFAULT = digit_version(torch.__version__) >= digit_version('2.6')
 STAND_INS = {
     'mmengine.logging.history_buffer.HistoryBuffer': _HistoryBuffer,
     'builtins.getattr': _statistics_method,
@@ -154,8 +156,8 @@ def mmengine_checkpoints():
         >>> with mmengine_checkpoints():  # doctest: +SKIP
         ...     checkpoint = torch.load('epoch_1.pth', weights_only=True)
     """
-    if digit_version(torch.__version__) < digit_version('2.6'):
-        yield  # weights_only is not yet the default there
+    if not REFUSES_BY_DEFAULT:
+        yield
         return
     declared = torch.serialization.get_safe_globals()
     others = [entry for entry in declared if _name(entry) not in STAND_INS]
@@ -181,7 +183,7 @@ def _declare(entries: list) -> None:
 
 def allow_mmengine_checkpoints() -> None:
     """Let MMEngine read its own checkpoints, with torch's safety on."""
-    if digit_version(torch.__version__) < digit_version('2.6'):
+    if not REFUSES_BY_DEFAULT:
         return
     # The one door of testing, resuming, load_from and init_cfg.
     door = checkpoint.CheckpointLoader.load_checkpoint.__func__

@@ -238,7 +238,7 @@ def micro_batch_model(
             f'micro_batch_model: pretrained={pretrained!r} is for the '
             f'backbone, but type={model_cfg["type"]!r} has none'
         )
-    if isinstance(pretrained, str) and not _may_exist(pretrained):
+    if isinstance(pretrained, str) and not may_exist(pretrained):
         _warn(
             f'there is no pretrained={pretrained!r}, so that training would '
             'fail'
@@ -555,7 +555,7 @@ def _is_plain(conv_cfg: Optional[dict]) -> bool:
     )
 
 
-def _may_exist(checkpoint: str) -> bool:
+def may_exist(checkpoint: str) -> bool:
     """Whether a checkpoint is there, or would have to be fetched to know."""
     return '://' in checkpoint or osp.isfile(osp.expanduser(checkpoint))
 

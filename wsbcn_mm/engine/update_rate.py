@@ -126,7 +126,7 @@ def rate_contradiction(
 def _is_derived(rate: Optional[float]) -> bool:
     """Whether a rate is that of whole images of usual optimizer steps."""
     for images in (*range(LEAST_IMAGES, 65), 128, 256, 512, 1024, 2048, 4096):
-        count = (rate or 0) / 0.1 * images
+        count = (rate or 0) / update_rate(1, images)
         if round(count) >= 1 and math.isclose(count, round(count)):
             return True
     return False
