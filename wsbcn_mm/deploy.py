@@ -22,9 +22,11 @@ from .layers import BCN
 from .layers.checkpoint_names import forget_names
 from .stock_layers import (
     STOCK_BATCH_NORMS,
+    NotReplaceable,
     as_batch_norm,
     as_group_norm,
     batch_affine,
+    check_batch_affines,
     is_ours,
 )
 
@@ -91,9 +93,10 @@ def fold_for_inference(
         evaluation mode; do not train it.
 
     Raises:
-        RuntimeError: If a layer of ours cannot be replaced, or the outputs
-            for ``example_inputs`` differ by more than rounding. Nothing is
-            changed then.
+        NotReplaceable: If a layer of ours has no counterpart; a
+            RuntimeError. Nothing is changed then.
+        RuntimeError: If the outputs for ``example_inputs`` differ by more
+            than rounding. Nothing is changed then.
         ValueError: If the network does not run with ``example_inputs``, or
             returns nothing to compare.
 
@@ -167,21 +170,17 @@ def fold_for_inference(
 
 def _check_replaceable(module: nn.Module) -> None:
     """Raise an error while nothing is changed."""
+    check_batch_affines(module)
     inside, left = set(), []
     for name, part in module.named_modules():
-        try:
-            affine = batch_affine(part)
-        except ValueError as error:  # a BGN whose runs split channels
-            raise RuntimeError(
-                f'fold_for_inference cannot replace {name}: {error}'
-            ) from error
-        if affine is not None or hasattr(part, 'standardized_weight'):
+        batch = batch_affine(part) is not None
+        if batch or hasattr(part, 'standardized_weight'):
             inside.update(part.modules())
         elif is_ours(part) and part not in inside:
             left.append(name)
     if left:
-        raise RuntimeError(
-            f'fold_for_inference cannot replace {", ".join(left)} '
+        raise NotReplaceable(
+            f'no stock layer can replace {", ".join(left)} '
             f'({type(module.get_submodule(left[0])).__name__})'
         )
 

@@ -11,6 +11,10 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 STOCK_BATCH_NORMS = (*BATCH_NORMS, nn.SyncBatchNorm)
 
 
+class NotReplaceable(RuntimeError):
+    """A layer that computes what no stock layer does."""
+
+
 def is_ours(module: nn.Module) -> bool:
     """Whether a module needs this package to be loaded."""
     return type(module).__module__.split('.')[0] == __name__.split('.')[0]
@@ -33,6 +37,17 @@ def batch_affine(norm: nn.Module) -> Optional[Tuple[Tensor, Tensor]]:
     if hasattr(norm, 'inference_affine'):  # MABN, BGN
         return norm.inference_affine()
     return None
+
+
+def check_batch_affines(model: nn.Module) -> None:
+    """Raise :class:`NotReplaceable` if one is not one per channel."""
+    for name, part in model.named_modules():
+        try:
+            batch_affine(part)
+        except ValueError as error:  # a BGN whose runs split channels
+            raise NotReplaceable(
+                f'no stock layer can replace {name or "it"}: {error}'
+            ) from error
 
 
 def as_batch_norm(norm: nn.Module, dims: int = 2) -> _BatchNorm:

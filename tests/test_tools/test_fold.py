@@ -291,6 +291,17 @@ def test_what_no_config_expresses(tmp_path):
         stock_model(cfg, model)
 
 
+@pytest.mark.parametrize('export', [[], ['--onnx']])
+def test_bgn_that_splits_channels(tmp_path, monkeypatch, export):
+    pytest.importorskip('mmdet')
+    text = MASK_RCNN.format(norm='BGN', args=', num_groups=3')
+    _, config, checkpoint = trained(tmp_path, text)
+    message = r'error: no stock layer can replace backbone\.bgn1: BGN'
+    with pytest.raises(SystemExit, match=message):
+        fold(monkeypatch, config, checkpoint, tmp_path / 'o', *export)
+    assert not list(tmp_path.glob('o.*'))
+
+
 @pytest.mark.parametrize(
     'write, message',
     [

@@ -441,7 +441,11 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
     detection, metric = record('detection', 'BCN+WS')
     assert 'error' not in detection, detection['traceback']
     assert 0 <= detection['result'][metric] <= 1
-    for settings in ({}, dict(image_pool='GN', fresh_estimates=True)):
+    for settings in (
+        {},
+        dict(image_pool='GN', fresh_estimates=True),
+        dict(head_method='GN'),
+    ):
         found, metric = record('segmentation', 'BCN+WS', **settings)
         assert 'error' not in found, found['traceback']
         assert 0 <= found['result'][metric] <= 100
@@ -463,6 +467,28 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
     # BN cannot run at one image, which is a row of the table.
     failed, _ = record('segmentation', 'BN')
     assert 'Expected more than 1 value per channel' in failed['error']
+
+
+def test_heads_of_another_method():
+    pytest.importorskip('mmseg')
+    from study.tasks import openmmlab
+
+    grid = Grid(osp.join(STUDY, 'grids', 'segmentation_long_choices.py'))
+    cells = [cell for cell in grid.cells if cell.get('head_method')]
+    assert {cell['method'] for cell in cells} == {'BCN+WS', 'GN+WS'}
+    for cell in cells:
+        cell = {**openmmlab.DEFAULTS, **cell}
+        cell.update(pretrained=False, split='test', seed=0)
+        model = openmmlab.build_config(cell, 'work').model
+        for part, method in (
+            (model.backbone, cell['method']),
+            (model.decode_head, cell['head_method']),
+            (model.auxiliary_head, cell['head_method']),
+        ):
+            assert part.norm_cfg.type == method.partition('+')[0]
+            assert part.conv_cfg.type == 'ConvWS'
+            if part.norm_cfg.type == 'BCN':
+                assert part.norm_cfg.momentum == cell['update_rate']
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from wsbcn_mm.engine.stock import (
     config_text,
     stock_model,
 )
+from wsbcn_mm.stock_layers import NotReplaceable
 
 TOLERANCE = 1e-4  # of the largest output; float32 through a hundred layers
 
@@ -98,7 +99,10 @@ def main():
     image = torch.randn(1, 3, *args.shape)
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     if args.onnx:
-        folded, report = fold_for_inference(model, return_report=True)
+        try:
+            folded, report = fold_for_inference(model, return_report=True)
+        except NotReplaceable as error:
+            raise UsageError(str(error)) from error
         print(report)
         difference = compare(model, folded, image)
         with torch.no_grad():
@@ -109,7 +113,7 @@ def main():
     else:
         try:
             stock_cfg, stock = stock_model(cfg, model)
-        except NotExpressible as error:
+        except (NotExpressible, NotReplaceable) as error:
             raise UsageError(str(error)) from error
         difference = compare(model, stock, image)
         save_checkpoint(

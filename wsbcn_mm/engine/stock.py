@@ -25,7 +25,12 @@ from torch import Tensor, nn
 from ..feeding import find_feeding_convolutions
 from ..layers import BCN
 from ..layers._base import NormBase
-from ..stock_layers import as_batch_norm, as_group_norm, is_ours
+from ..stock_layers import (
+    as_batch_norm,
+    as_group_norm,
+    check_batch_affines,
+    is_ours,
+)
 
 BCN_TYPES = ('BCN', 'SyncBCN')
 BATCH_TYPES = ('MABN', 'BGN')
@@ -336,7 +341,9 @@ def stock_model(cfg: Config, model: nn.Module):
 
     Raises:
         NotExpressible: If there is none.
+        NotReplaceable: If a layer computes what no stock layer does.
     """
+    check_batch_affines(model)
     cfg = copy.deepcopy(cfg)
     whole = set(_of_several_group_numbers(cfg.model, model))
     while True:

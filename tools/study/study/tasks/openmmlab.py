@@ -9,9 +9,11 @@ With ``pretrained`` the backbone starts from a classifier of digit crops that
 was trained with the method's layers, once for all seeds, in batches of 16. The
 method ``'BN-frozen'`` is what the zoo does with one or two images then:
 statistics and running averages stay as they were loaded, and neck and heads
-have no normalization.
+have no normalization. With ``head_method`` all but the backbone has that
+method's layers.
 """
 
+import copy
 import glob
 import os
 import os.path as osp
@@ -43,6 +45,7 @@ DEFAULTS = dict(
     num_groups=4,
     update_rate=None,
     channel_affine='group',
+    head_method=None,
     image_pool=None,
     fresh_estimates=False,
     spread=0.5,
@@ -140,6 +143,12 @@ def classifier(settings: dict) -> str:
 
 def build_model(model_cfg: dict, settings: dict) -> dict:
     """The model of a config with the layers of the method."""
+    if settings['head_method']:
+        backbone = {**settings, 'head_method': None}
+        heads = {**backbone, 'method': settings['head_method']}
+        model = build_model(copy.deepcopy(model_cfg), heads)
+        model.backbone = build_model(model_cfg, backbone).backbone
+        return model
     start = classifier(settings) if settings['pretrained'] else False
     if settings['method'] == FROZEN:
         if not start:
