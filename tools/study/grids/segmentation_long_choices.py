@@ -1,11 +1,13 @@
 # Why is BCN behind GroupNorm in segmentation_long.py? The backbone or the
 # heads, estimates or the statistics of the step's four images, the output
-# affine, or the learning rate, which was tuned in shorter runs?
+# affine, an update rate too fast, or the learning rate, which was tuned in
+# shorter runs?
 _base_ = './segmentation_long.py'
 bcn = dict(method='BCN+WS', images=1, update_rate=0.0006)
 blocks = [
     dict(method='GN+WS', images=1),
     bcn,
+    dict(bcn, update_rate=0.0),  # averages of all images so far
     dict(bcn, head_method='GN+WS'),
     dict(bcn, method='GN+WS', head_method='BCN+WS'),
     dict(bcn, channel_affine='channel'),
