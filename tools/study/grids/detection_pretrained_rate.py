@@ -3,6 +3,10 @@
 # 0.00625 that the package proposes.
 _base_ = './detection_pretrained.py'
 bcn = dict(method='BCN+WS', images=1)
-blocks = [dict(bcn, update_rate=[0.0006, 0.06]), bcn]
+blocks = [
+    dict(bcn, update_rate=[0.0006, 0.06]),
+    bcn,
+    dict(bcn, images=2, update_rate=0.00125),
+]
 
 report = dict(rows=['method', 'update_rate'])

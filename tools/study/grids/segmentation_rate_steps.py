@@ -3,7 +3,11 @@
 _base_ = './segmentation.py'
 common = dict(batch_size=16, steps=200)
 bcn = dict(method='BCN+WS', images=1)
-blocks = [dict(bcn, update_rate=0.0006), bcn]
+blocks = [
+    dict(bcn, update_rate=0.0006),
+    bcn,
+    dict(method='GN+WS', images=1),
+]
 tune = dict(lr=[3e-3, 1e-2])
 
 report = dict(rows=['method', 'update_rate'])
