@@ -74,7 +74,7 @@ def test_convolution_and_normalization_in_place():
     net = conv_bn()
     assert convert_to_micro_batch(net) is net
     assert isinstance(net[0], ConvWS) and isinstance(net[1], BCN)
-    assert net[1].momentum == 0.1 * 1 / 16
+    assert net[1].momentum == 0.01 * 1 / 16
     assert net(torch.randn(1, 3, 8, 8)).shape == (1, 64, 6, 6)
 
 
@@ -82,7 +82,7 @@ def test_update_rate_follows_the_images():
     net = convert_to_micro_batch(
         conv_bn(), images_per_gpu=2, images_per_update=32
     )
-    assert net[1].momentum == 0.1 * 2 / 32
+    assert net[1].momentum == 0.01 * 2 / 32
     net = convert_to_micro_batch(
         conv_bn(), dict(type='BCN', num_groups=4, momentum=0.5)
     )

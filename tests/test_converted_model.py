@@ -51,7 +51,7 @@ def test_what_a_class_has_built_in_is_converted(cfg):
     assert not batch_norms(model)
     norms = [m for m in model.modules() if isinstance(m, BCN)]
     assert len(norms) == 30
-    assert {norm.momentum for norm in norms} == {0.1 * 2 / 16}
+    assert {norm.momentum for norm in norms} == {0.01 * 2 / 16}
     assert sum(isinstance(m, ConvWS) for m in model.modules()) == 4
     assert len(batch_norms(MODELS.build(cfg.model.model))) == 30
 

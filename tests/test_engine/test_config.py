@@ -15,7 +15,7 @@ from wsbcn_mm.consumers import record_consumers
 from wsbcn_mm.engine import config
 
 NORM = dict(
-    type='BCN', num_groups=32, momentum=0.1 / 16, momentum_annealing=True
+    type='BCN', num_groups=32, momentum=0.01 / 16, momentum_annealing=True
 )
 WS = dict(type='ConvWS')
 
@@ -168,10 +168,12 @@ def test_norm_cfg():
         return model.backbone.norm_cfg
 
     assert norm() == NORM
-    assert norm(images_per_gpu=2)['momentum'] == pytest.approx(0.1 / 8)
-    assert norm(images_per_update=64)['momentum'] == pytest.approx(0.1 / 64)
+    assert norm(images_per_gpu=2)['momentum'] == pytest.approx(0.01 / 8)
+    assert norm(images_per_update=64)['momentum'] == pytest.approx(0.01 / 64)
     given = dict(type='BCN', momentum=0.5)
     assert norm(norm_cfg=given) == given
+    batch = norm(norm_cfg=dict(type='BCN', estimate=False))
+    assert batch['momentum'] == 0.1  # for evaluation only: BN's
     given = dict(type='GN', num_groups=32)
     assert norm(norm_cfg=given, images_per_gpu=2) == given
     mabn = norm(norm_cfg=dict(type='MABN'), images_per_gpu=2)

@@ -11,11 +11,11 @@ CONFIGS = Path(__file__).parents[2] / 'configs'
 
 
 def test_rate_follows_images_per_update():
-    assert update_rate(1, 16) == pytest.approx(0.1 / 16)
-    assert update_rate(2, 16) == pytest.approx(0.1 / 8)
-    assert update_rate(16, 16) == pytest.approx(0.1)  # BN's
+    assert update_rate(1, 16) == pytest.approx(0.01 / 16)
+    assert update_rate(2, 16) == pytest.approx(0.01 / 8)
+    assert update_rate(16, 16) == pytest.approx(0.01)
     assert update_rate() == update_rate(1, 16)
-    assert update_rate(2, 64) == pytest.approx(0.1 / 32)
+    assert update_rate(2, 64) == pytest.approx(0.01 / 32)
 
 
 def test_memory_spans_enough_images():
@@ -46,31 +46,31 @@ def layers(*rates, kind=BCN, annealing=True):
 
 def test_rate_of_other_images_is_told():
     """The default, 1 of 16, where a config says batch_size=2."""
-    told = rate_contradiction(layers(0.00625, 0.00625), batch_size=2)
+    told = rate_contradiction(layers(0.000625, 0.000625), batch_size=2)
     for part in (
-        '2 BCN layers have momentum=0.00625',
+        '2 BCN layers have momentum=0.000625',
         'batch_size=2, accumulative_counts=1, 1 process,',
-        '0.0125 is proposed',
+        '0.00125 is proposed',
         'images_per_gpu=2, images_per_update=2.',
         'on purpose needs nothing',
     ):
         assert part in told
-    assert rate_contradiction(layers(0.0125), batch_size=2) is None
-    assert rate_contradiction(layers(0.00625), 2, 16) is None
-    assert rate_contradiction(layers(0.00625), 1, 16) is None
+    assert rate_contradiction(layers(0.00125), batch_size=2) is None
+    assert rate_contradiction(layers(0.000625), 2, 16) is None
+    assert rate_contradiction(layers(0.000625), 1, 16) is None
 
 
 def test_rate_of_several_processes():
     """Estimates that are shared learn from all images of an iteration."""
     alone = dict(batch_size=1, accumulative_counts=4, world_size=4)
-    assert rate_contradiction(layers(0.00625), **alone) is None
-    told = rate_contradiction(layers(0.00625), **alone, shared=True)
+    assert rate_contradiction(layers(0.000625), **alone) is None
+    told = rate_contradiction(layers(0.000625), **alone, shared=True)
     assert 'images_per_gpu=4, images_per_update=16' in told
-    assert rate_contradiction(layers(0.025), **alone, shared=True) is None
-    assert rate_contradiction(layers(0.025, kind=SyncBCN), **alone) is None
+    assert rate_contradiction(layers(0.0025), **alone, shared=True) is None
+    assert rate_contradiction(layers(0.0025, kind=SyncBCN), **alone) is None
 
 
-@pytest.mark.parametrize('rate', [None, 0.0006, 0.0003, 0.0])
+@pytest.mark.parametrize('rate', [None, 0.002, 0.001, 0.0006, 0.0])
 def test_chosen_rates_need_nothing(rate):
     assert rate_contradiction(layers(rate), batch_size=2) is None
 

@@ -303,11 +303,11 @@ def test_rate_for_other_images_is_a_warning(monkeypatch):
     monkeypatch.setattr(
         command_line, 'print_log', lambda m, **k: told.append((m, k['level']))
     )
-    norm = dict(type='BCN', momentum=0.0125, momentum_annealing=True)
+    norm = dict(type='BCN', momentum=0.00125, momentum_annealing=True)
     check_update_rate(FakeRunner(norm))
     check_update_rate(FakeRunner(norm, train_dataloader=dict()))
     assert not told
-    check_update_rate(FakeRunner(dict(norm, momentum=0.00625)))
+    check_update_rate(FakeRunner(dict(norm, momentum=0.000625)))
     check_update_rate(
         FakeRunner(
             norm, optim_wrapper={}, hooks=[SyncEstimatesHook()], world_size=4

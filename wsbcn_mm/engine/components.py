@@ -142,7 +142,10 @@ def with_rate(
     kind = norm_class(norm_cfg)
     if issubclass(kind, BCN):
         if 'momentum' not in norm_cfg:
-            norm_cfg.update(momentum=rate, momentum_annealing=True)
+            # With the batch's own statistics the averages are those of BN.
+            batch = not norm_cfg.get('estimate', True)
+            norm_cfg['momentum'] = 0.1 if batch else rate
+            norm_cfg['momentum_annealing'] = True
     if 'simulated_batch_size' in constructor_parameters(kind):
         batch_size = norm_cfg.setdefault('batch_size', images_per_gpu)
         check_count(kind.__name__, 'batch_size', batch_size)

@@ -186,7 +186,7 @@ def micro_batch_model(
         ...              backbone=dict(type='ResNet', depth=50))
         >>> model = micro_batch_model(model)
         >>> model.backbone.norm_cfg  # doctest: +NORMALIZE_WHITESPACE
-        {'type': 'BCN', 'num_groups': 32, 'momentum': 0.00625,
+        {'type': 'BCN', 'num_groups': 32, 'momentum': 0.000625,
         'momentum_annealing': True}
         >>> model.backbone.conv_cfg
         {'type': 'ConvWS'}

@@ -8,23 +8,30 @@ from ..layers import BCN
 from ..layers._base import check_count
 from ..layers.batch_statistics import SharedBatchStatistics
 
+# Of the estimates where one forward is one step of at least so many images.
+RATE = 0.01
 # The fewest images that an optimizer step counts as.
 LEAST_IMAGES = 16
+# By which a rate is known that was derived. Without a factor of five, so that
+# a round rate such as 0.001 is none of these.
+USUAL_STEPS = (16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 
 
 def update_rate(images_per_gpu: int = 1, images_per_update: int = 16) -> float:
     r"""The update rate of estimates that a schedule asks for.
 
     .. math::
-        r = 0.1 \, \frac{\text{images per forward}}
+        r = 0.01 \, \frac{\text{images per forward}}
                         {\max(\text{images per optimizer step}, 16)}
 
-    Estimates must keep up with the weights, which move once per optimizer
-    step, so their memory should span a fixed number of steps however few
-    images a forward pass sees: ``r = 0.1`` where one forward is one step (as
-    for BN), and as many times less as there are forwards in a step. But
-    images differ from one another, so the memory must also span enough of
-    them: steps of fewer than 16 images count as 16.
+    So the memory spans 100 optimizer steps, or 1,600 images where steps are
+    of fewer than 16, however few images a forward pass sees. That is ten
+    times as long as BN's running averages have. BN normalizes with the batch
+    and takes the averages in evaluation only, where they must agree; BCN
+    normalizes with its estimates in both, so they may be old. What a step
+    does to the mean of a channel should not be undone by an estimate that
+    follows some steps later, and so it trains better with a slow one
+    (tools/study, the update rate).
 
     Args:
         images_per_gpu (int): Images in one forward pass of one process, or
@@ -42,10 +49,10 @@ def update_rate(images_per_gpu: int = 1, images_per_update: int = 16) -> float:
 
     Example:
         >>> update_rate(images_per_gpu=2, images_per_update=16)
-        0.0125
+        0.00125
     """
     check_images('update_rate', images_per_gpu, images_per_update)
-    return 0.1 * images_per_gpu / max(images_per_update, LEAST_IMAGES)
+    return RATE * images_per_gpu / max(images_per_update, LEAST_IMAGES)
 
 
 def check_images(
@@ -125,7 +132,7 @@ def rate_contradiction(
 
 def _is_derived(rate: Optional[float]) -> bool:
     """Whether a rate is that of whole images of usual optimizer steps."""
-    for images in (*range(LEAST_IMAGES, 65), 128, 256, 512, 1024, 2048, 4096):
+    for images in USUAL_STEPS:
         count = (rate or 0) / update_rate(1, images)
         if round(count) >= 1 and math.isclose(count, round(count)):
             return True

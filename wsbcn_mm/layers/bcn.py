@@ -59,10 +59,10 @@ class BCN(RunningStatistics, NormBase):
         eps (float): Added to both variances. Default: 1e-5
         momentum (float | None): The update rate r, applied once a training
             forward. A memory of about ``images / r`` images follows from it,
-            and it is what should stay fixed: ``r = 0.1 * images per forward /
+            and it is what should stay fixed: ``r = 0.01 * images per forward /
             max(images per optimizer step, 16)`` is a good choice
-            (:func:`update_rate`). The default is that of 1 or 2 images of 16.
-            None: the cumulative average of all forwards. Default: 0.01
+            (:func:`update_rate`), annealed. The default is that of 16 images
+            of 16. None: the cumulative average of all forwards. Default: 0.01
         estimate (bool): Whether to normalize with estimates (micro-batch)
             rather than with the batch's own statistics. Default: True
         channel_affine (str): ``'group'`` for one pair :math:`\gamma,
@@ -96,7 +96,7 @@ class BCN(RunningStatistics, NormBase):
         TypeError: If an argument or the input is of another type.
 
     Example:
-        >>> norm = BCN(64, momentum=0.1 * 1 / 16)
+        >>> norm = BCN(64, momentum=0.01 / 16, momentum_annealing=True)
         >>> norm(torch.randn(1, 64, 50, 76)).shape
         torch.Size([1, 64, 50, 76])
     """

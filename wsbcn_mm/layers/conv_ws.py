@@ -50,6 +50,7 @@ class ConvWS(_WeightStandardization, nn.Conv2d):
         ValueError: If a filter has a single weight, or ``eps`` is negative.
 
     Example:
+        >>> import torch
         >>> conv = ConvWS(64, 128, 3, padding=1, bias=False)
         >>> conv(torch.randn(1, 64, 8, 8)).shape
         torch.Size([1, 128, 8, 8])

@@ -38,7 +38,7 @@ class SyncBCN(BCN):
 
     Example:
         >>> import torch
-        >>> norm = SyncBCN(64, momentum=0.1 * 2 / 16)  # 2 GPUs, 1 image each
+        >>> norm = SyncBCN(64, momentum=0.01 * 2 / 16)  # 2 GPUs, 1 image each
         >>> norm(torch.randn(1, 64, 50, 76)).shape
         torch.Size([1, 64, 50, 76])
     """
