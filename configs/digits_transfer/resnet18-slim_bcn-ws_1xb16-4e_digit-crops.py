@@ -9,7 +9,10 @@ from wsbcn_mm import micro_batch_model
 custom_imports = dict(imports=['wsbcn_mm'], allow_failed_imports=False)
 
 model = micro_batch_model(
-    _base_.model, norm_cfg=dict(type='BCN', num_groups=4, momentum=0.02)
+    _base_.model,
+    norm_cfg=dict(type='BCN', num_groups=4),
+    images_per_gpu=16,
+    images_per_update=16,
 )
 model.backbone.update(base_channels=16, stem_channels=16)
 model.head.update(num_classes=10, in_channels=128, topk=(1,))
