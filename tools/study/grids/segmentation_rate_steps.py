@@ -8,6 +8,6 @@ blocks = [
     bcn,
     dict(method='GN+WS', images=1),
 ]
-tune = dict(lr=[3e-3, 1e-2])
+tune = dict(lr=[3e-3, 5.5e-3, 1e-2])
 
 report = dict(rows=['method', 'update_rate'])
