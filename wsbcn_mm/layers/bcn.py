@@ -61,8 +61,9 @@ class BCN(RunningStatistics, NormBase):
             forward. A memory of about ``images / r`` images follows from it,
             and it is what should stay fixed: ``r = 0.01 * images per forward /
             max(images per optimizer step, 16)`` is a good choice
-            (:func:`update_rate`), annealed. The default is that of 16 images
-            of 16. None: the cumulative average of all forwards. Default: 0.01
+            (:func:`update_rate`), annealed. The default is that of 1 or 2
+            images of 16. None: the cumulative average of all forwards.
+            Default: 0.001
         estimate (bool): Whether to normalize with estimates (micro-batch)
             rather than with the batch's own statistics. Default: True
         channel_affine (str): ``'group'`` for one pair :math:`\gamma,
@@ -108,7 +109,7 @@ class BCN(RunningStatistics, NormBase):
         num_features: int,
         num_groups: int = 32,
         eps: float = 1e-5,
-        momentum: Optional[float] = 0.01,
+        momentum: Optional[float] = 0.001,
         estimate: bool = True,
         channel_affine: str = 'group',
         momentum_annealing: bool = False,
