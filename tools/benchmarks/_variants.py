@@ -12,7 +12,7 @@ MODELS.register_module('MMCVConvWS', module=ConvWS2d, force=True)
 class _Estimates(nn.Module):
     """Batch normalization with estimates, in plain operations."""
 
-    def __init__(self, num_features: int, momentum=0.01, eps=1e-5):
+    def __init__(self, num_features: int, momentum=0.001, eps=1e-5):
         super().__init__()
         self.momentum, self.eps = momentum, eps
         self.weight = nn.Parameter(torch.ones(num_features))

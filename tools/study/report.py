@@ -62,7 +62,8 @@ def report(path: str, work_dir: str, out: str) -> str:
     with open(f'{file}.md', 'w') as f:
         f.write(text)
     if found['runs']:
-        if len(results.by_cell(found, [], spec['columns'])[()]) > 1:
+        cells = results.by_cell(found, rows, spec['columns'])
+        if any(len(row) > 1 for row in cells.values()):  # a line to draw
             plots.plot_scores(found, spec, rows, f'{file}.png')
         if 'curves' in spec:
             plots.plot_curves(found, spec, rows, f'{file}_curves.png')
