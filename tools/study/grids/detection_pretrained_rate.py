@@ -1,6 +1,6 @@
 # BCN's update rate in detection_pretrained.py, the learning rate tuned for
-# each, so that the tuning scenes choose the rate as well. Without one: the
-# 0.00625 that the package proposes.
+# each, so that the tuning scenes choose the rate as well. Without one:
+# 0.00625, the rate of methods.py.
 _base_ = './detection_pretrained.py'
 bcn = dict(method='BCN+WS', images=1)
 blocks = [

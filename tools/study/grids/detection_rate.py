@@ -1,4 +1,4 @@
-# A slower update rate in detection.py, where the rule's is 0.00625.
+# A slower update rate in detection.py, where methods.py has 0.00625.
 _base_ = './detection.py'
 bcn = dict(method='BCN+WS', images=1)
 blocks = [
