@@ -443,7 +443,7 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
     assert 0 <= detection['result'][metric] <= 1
     for settings in (
         {},
-        dict(image_pool='GN', fresh_estimates=True),
+        dict(image_pool='GN', fresh_estimates=True, separable_ws=True),
         dict(head_method='GN'),
     ):
         found, metric = record('segmentation', 'BCN+WS', **settings)
@@ -489,6 +489,24 @@ def test_heads_of_another_method():
             assert part.conv_cfg.type == 'ConvWS'
             if part.norm_cfg.type == 'BCN':
                 assert part.norm_cfg.momentum == cell['update_rate']
+
+
+def test_separable_convolutions_get_ws():
+    pytest.importorskip('mmseg')
+    from study.tasks import openmmlab
+
+    grid = Grid(osp.join(STUDY, 'grids', 'segmentation_long_choices.py'))
+    (cell,) = (cell for cell in grid.cells if cell.get('separable_ws'))
+    cell = {**openmmlab.DEFAULTS, **cell}
+    cell.update(pretrained=False, split='test', seed=0)
+    head = MODELS.build(openmmlab.build_config(cell, 'work').model).decode_head
+
+    def plain():
+        return [n for n, m in head.named_modules() if type(m) is nn.Conv2d]
+
+    assert len(plain()) > 1  # or the setting has no meaning any more
+    openmmlab._standardize_separable(head)
+    assert plain() == ['conv_seg']
 
 
 @pytest.mark.slow

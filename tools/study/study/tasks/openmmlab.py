@@ -23,12 +23,13 @@ import sys
 import tempfile
 from typing import List
 
+from mmcv.cnn import DepthwiseSeparableConvModule
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from wsbcn_mm import BCN, micro_batch_model
+from wsbcn_mm import BCN, ConvWS, micro_batch_model
 
 from ..methods import method_cfg
 
@@ -47,6 +48,7 @@ DEFAULTS = dict(
     channel_affine='group',
     head_method=None,
     image_pool=None,
+    separable_ws=False,
     fresh_estimates=False,
     spread=0.5,
     num_train=300,
@@ -240,6 +242,24 @@ def _pool_with_group_norm(head: nn.Module) -> None:
     setattr(convolution, convolution.norm_name, group_norm)
 
 
+def _standardize_separable(head: nn.Module) -> None:
+    """Give the separable convolutions, which no config reaches, ConvWS."""
+    for module in head.modules():
+        if isinstance(module, DepthwiseSeparableConvModule):
+            for part in (module.depthwise_conv, module.pointwise_conv):
+                plain = part.conv
+                part.conv = ConvWS(
+                    plain.in_channels,
+                    plain.out_channels,
+                    plain.kernel_size,
+                    padding=plain.padding,
+                    dilation=plain.dilation,
+                    groups=plain.groups,
+                    bias=False,
+                )
+                part.conv.load_state_dict(plain.state_dict())
+
+
 class _FreshEstimates(Hook):
     """Forget the classifier's estimates, which are of other images."""
 
@@ -256,6 +276,8 @@ def run(settings: dict) -> dict:
         runner = Runner.from_cfg(build_config(settings, work_dir))
         if settings['image_pool'] == 'GN':
             _pool_with_group_norm(runner.model.decode_head)
+        if settings['separable_ws']:
+            _standardize_separable(runner.model.decode_head)
         if settings['fresh_estimates']:
             runner.register_hook(_FreshEstimates())
         runner.train()
