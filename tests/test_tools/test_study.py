@@ -469,17 +469,21 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
     assert 'Expected more than 1 value per channel' in failed['error']
 
 
-def test_heads_of_another_method():
-    pytest.importorskip('mmseg')
+def untrained_model(cell):
     from study.tasks import openmmlab
 
+    cell = {**openmmlab.DEFAULTS, **cell}
+    cell.update(pretrained=False, split='test', seed=0)
+    return openmmlab.build_config(cell, 'work').model
+
+
+def test_heads_of_another_method():
+    pytest.importorskip('mmseg')
     grid = Grid(osp.join(STUDY, 'grids', 'segmentation_long_choices.py'))
     cells = [cell for cell in grid.cells if cell.get('head_method')]
     assert {cell['method'] for cell in cells} == {'BCN+WS', 'GN+WS'}
     for cell in cells:
-        cell = {**openmmlab.DEFAULTS, **cell}
-        cell.update(pretrained=False, split='test', seed=0)
-        model = openmmlab.build_config(cell, 'work').model
+        model = untrained_model(cell)
         for part, method in (
             (model.backbone, cell['method']),
             (model.decode_head, cell['head_method']),
@@ -497,9 +501,7 @@ def test_separable_convolutions_get_ws():
 
     grid = Grid(osp.join(STUDY, 'grids', 'segmentation_long_choices.py'))
     (cell,) = (cell for cell in grid.cells if cell.get('separable_ws'))
-    cell = {**openmmlab.DEFAULTS, **cell}
-    cell.update(pretrained=False, split='test', seed=0)
-    head = MODELS.build(openmmlab.build_config(cell, 'work').model).decode_head
+    head = MODELS.build(untrained_model(cell)).decode_head
 
     def plain():
         return [n for n, m in head.named_modules() if type(m) is nn.Conv2d]

@@ -30,6 +30,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from wsbcn_mm import BCN, ConvWS, micro_batch_model
+from wsbcn_mm.convert import convolution_as
 
 from ..methods import method_cfg
 
@@ -247,17 +248,7 @@ def _standardize_separable(head: nn.Module) -> None:
     for module in head.modules():
         if isinstance(module, DepthwiseSeparableConvModule):
             for part in (module.depthwise_conv, module.pointwise_conv):
-                plain = part.conv
-                part.conv = ConvWS(
-                    plain.in_channels,
-                    plain.out_channels,
-                    plain.kernel_size,
-                    padding=plain.padding,
-                    dilation=plain.dilation,
-                    groups=plain.groups,
-                    bias=False,
-                )
-                part.conv.load_state_dict(plain.state_dict())
+                part.conv = convolution_as(ConvWS, part.conv)
 
 
 class _FreshEstimates(Hook):
