@@ -153,6 +153,52 @@ def test_root_that_is_a_normalization_is_returned():
     assert isinstance(convert_to_micro_batch(norm), BCN)
 
 
+# What is there already ------------------------------------------------------
+
+
+@pytest.mark.parametrize('norm', [BCN, nn.GroupNorm])
+def test_convolutions_before_the_normalization_that_is_wanted(norm):
+    cfg = dict(type='BCN' if norm is BCN else 'GN', num_groups=4)
+    there = BCN(8, 4) if norm is BCN else nn.GroupNorm(4, 8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), there, nn.Conv2d(8, 2, 1))
+    weight = net[0].weight
+    net, report = convert_to_micro_batch(net, cfg, return_report=True)
+    assert changed(report) == ['0']
+    assert isinstance(net[0], ConvWS) and net[0].weight is weight
+    assert net[1] is there and '1' in reasons(report)
+    assert type(net[2]) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    'norm',
+    [nn.GroupNorm(4, 8), nn.GroupNorm(1, 8), nn.InstanceNorm2d(8)],
+    ids=repr,
+)
+def test_convolutions_before_others_stay(norm):
+    cfg = dict(type='GN' if norm.__dict__.get('num_groups') == 1 else 'BCN')
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, *conv_bn())
+    net[2] = nn.Conv2d(8, 64, 3)
+    report = convert_to_micro_batch(net, cfg, dry_run=True)
+    assert changed(report) == ['2', '3']
+
+
+def test_estimates_that_are_there_follow_the_filters():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), BCN(8, 4, eps=0, momentum=1.0))
+    with torch.no_grad():
+        net[0].weight.sub_(net[0].weight.mean((1, 2, 3), keepdim=True))
+        net[0].weight.mul_(3)
+    x = torch.randn(4, 3, 9, 9)
+    net(x)  # the estimates are this batch's, of centred filters
+    count = net[1].num_batches_tracked.item()
+    expected = net.eval()(x)
+    report = convert_to_micro_batch(net, dry_run=True)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+    assert changed(report) == ['0']
+    convert_to_micro_batch(net)
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+    assert net[1].num_batches_tracked == count
+
+
 # Which convolution ----------------------------------------------------------
 
 

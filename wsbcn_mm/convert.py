@@ -24,6 +24,7 @@ from .feeding import NORMALIZATIONS, find_feeding_convolutions
 from .functional.kernels import statistics_dtype
 from .layers._base import NormBase, largest_divisor
 from .layers._conv_base import ConvBase
+from .layers.bcn import BCN
 
 # Batch normalizations that are no torch ``_BatchNorm``: looked up only where
 # their library is loaded.
@@ -153,11 +154,13 @@ def convert_to_micro_batch(
 
     Every Batch Normalization is replaced by ``norm_cfg``, and every
     convolution whose output goes into such normalizations, and nowhere else,
-    by ``conv_cfg``. Where an output goes is found by tracing the forward code
-    with ``torch.fx``; where that is not possible, by names (``conv1`` right
-    before ``bn1``). With ``example_inputs`` it is seen in a run instead, which
-    works for any forward, and follows an output through concatenation,
-    pooling and the like, as in a DenseNet. The report says which it was.
+    by ``conv_cfg``. A normalization that is of the class of ``norm_cfg``
+    already stays, but the convolutions before it change as well. Where an
+    output goes is found by tracing the forward code with ``torch.fx``; where
+    that is not possible, by names (``conv1`` right before ``bn1``). With
+    ``example_inputs`` it is seen in a run instead, which works for any
+    forward, and follows an output through concatenation, pooling and the
+    like, as in a DenseNet. The report says which it was.
 
     Kept are the parameters of the convolutions (the same objects), the place
     in the network of layers and shared layers, device, dtype, train/eval
@@ -337,11 +340,22 @@ class _Conversion:
                 if isinstance(layer, (NormBase, *batch_norms)):
                     inside.update(layer.modules())
         self.norms = [m for m in self.names if isinstance(m, batch_norms)]
+        # There already: only the convolutions before them are looked for.
+        kind = norm_class(norm_cfg)
+        self.present = [
+            m
+            for m in self.names
+            if isinstance(m, kind)
+            and not isinstance(m, batch_norms)
+            and (isinstance(m, NormBase) or not _is_layer_norm(m))
+        ]
         self.convs = [m for m in self.names if isinstance(m, _ConvNd)]
         # What is known: the convolutions before each normalization, the shape
         # of its input, and how a convolution is known to be followed by
         # normalizations only, or why it is not.
-        self.sources: Dict[nn.Module, list] = {n: [] for n in self.norms}
+        self.sources: Dict[nn.Module, list] = {
+            n: [] for n in (*self.norms, *self.present)
+        }
         self.shapes: Dict[nn.Module, torch.Size] = {}
         self.after_linear = set()  # as they are registered
         for parent in self.names:
@@ -349,6 +363,7 @@ class _Conversion:
             for layer, norm in zip(children, children[1:]):
                 if isinstance(layer, nn.Linear):
                     self.after_linear.add(norm)
+        self.states: Dict[nn.Module, Dict[str, Tensor]] = {}
         self.evidence: Dict[nn.Module, str] = {}
         self.doubts: Dict[nn.Module, str] = {}
 
@@ -360,7 +375,7 @@ class _Conversion:
         seen = set()
         if example_inputs is not None:
             seen = self._run(example_inputs)
-        if seen.issuperset(self.norms):
+        if seen.issuperset(self.sources):
             return
         layers = {name: layer for layer, name in self.names.items()}
         found = find_feeding_convolutions(self.module, self.norm_types)
@@ -435,7 +450,9 @@ class _Conversion:
         """Make the replacements, so that errors come before changes."""
         kept = {n: self._why_keep_norm(n) for n in self.norms}
         converted = [n for n in self.norms if not kept[n]]
-        followed = {c for n in converted for c in self.sources[n]}
+        followed = {
+            c for n in (*converted, *self.present) for c in self.sources[n]
+        }
         unsure = {c for n in self.norms if kept[n] for c in self.sources[n]}
         reasons = {
             c: self._why_keep_conv(c, followed, unsure) for c in self.convs
@@ -462,7 +479,9 @@ class _Conversion:
                     after = f'after {", ".join(sources)}' if sources else ''
                     self._change(layer, '; '.join(filter(None, (after, note))))
             elif isinstance(layer, NormBase):
-                self._leave(layer, 'made for micro-batches already')
+                reason = 'made for micro-batches already'
+                note = self._rescale(layer)
+                self._leave(layer, '; '.join(filter(None, (reason, note))))
             elif isinstance(layer, self.norm_types) or (
                 'LayerNorm' in type(layer).__name__
             ):
@@ -575,6 +594,16 @@ class _Conversion:
             setattr(new, attribute, getattr(norm, attribute))
         return new, note
 
+    def _rescale(self, norm) -> str:
+        """Prepare the estimates of a BCN that stays for its new filters.
+
+        Other estimates are not used in training and soon follow it.
+        """
+        if norm not in self.sources or not isinstance(norm, BCN):
+            return ''
+        self.states[norm], note = self._state(norm)
+        return note
+
     def _state(self, norm) -> Tuple[Dict[str, Tensor], str]:
         """What a normalization has learned, for standardized filters."""
         state = {k: v for k, v in norm.state_dict().items() if '.' not in k}
@@ -614,7 +643,8 @@ class _Conversion:
                     'the batch normalizations there are have to stay: '
                     f'{self.report}'
                     if self.norms
-                    else 'there is no batch normalization in the network'
+                    else 'there is no batch normalization in the network, and '
+                    f'no plain convolution before a {self.norm_cfg["type"]}'
                 ),
                 stacklevel=3,
             )
@@ -622,6 +652,9 @@ class _Conversion:
             for name, child in list(parent._modules.items()):
                 if child in self.replacements:
                     parent.add_module(name, self.replacements[child])
+        for norm, state in self.states.items():
+            for name in ('running_mean', 'running_var'):
+                getattr(norm, name).copy_(state[name])
         return self.replacements.get(self.module, self.module)
 
 
@@ -629,6 +662,11 @@ def _filter_scale(weight: Tensor) -> Tensor:
     """The standard deviation of each filter; 1 for one without any."""
     std = weight.flatten(1).to(statistics_dtype(weight.dtype)).std(1)
     return torch.where(std > 0, std, 1)
+
+
+def _is_layer_norm(norm: nn.Module) -> bool:
+    """Whether it is a layer normalization by the name of GroupNorm."""
+    return getattr(norm, 'num_groups', None) == 1
 
 
 def _is_norm_act(norm: nn.Module) -> bool:

@@ -1,43 +1,38 @@
-"""Batch Normalization that no config reaches, by config all the same."""
-
-from typing import Optional
+"""Layers that no config reaches, converted by config all the same."""
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
-from .convert import convert_to_micro_batch
+from .convert import ConversionReport, convert_to_micro_batch
+from .engine.config import unconverted
 
 
 @MODELS.register_module(name='ConvertedModel', force=True)
-def converted_model(
-    model: dict,
-    norm_cfg: Optional[dict] = None,
-    conv_cfg: Optional[dict] = None,
-    data_preprocessor: Optional[dict] = None,
-) -> nn.Module:
+def converted_model(conversion: dict, **model_cfg) -> nn.Module:
     """Build a model, then :func:`convert_to_micro_batch` it.
 
     What ``micro_batch_model(..., convert=True)`` asks for. The model is that
-    of the inner config, so nothing else sees that it was built this way.
+    of the config without ``conversion``, so nothing else sees that it was
+    built this way.
 
     Args:
-        model (dict): The model config.
-        norm_cfg, conv_cfg (dict | None): Those of
-            :func:`convert_to_micro_batch`.
-        data_preprocessor (dict | None): MMEngine puts that of the whole
-            config here, for a model that has none of its own.
+        conversion (dict): ``model_type``, the type of the model, and
+            ``norm_cfg`` and ``conv_cfg`` of :func:`convert_to_micro_batch`.
+        **model_cfg: All else in the config of the model.
 
     Returns:
-        nn.Module: The converted model. What was changed is logged.
+        nn.Module: The converted model. What was changed is logged, and which
+        Batch Normalizations were not.
     """
-    if data_preprocessor is not None:
-        model = {'data_preprocessor': data_preprocessor, **model}
+    model_cfg.update(type='ConvertedModel', conversion=conversion)
     built, report = convert_to_micro_batch(
-        MODELS.build(model),
-        norm_cfg,
-        conv_cfg,
+        MODELS.build(unconverted(model_cfg)),
+        conversion['norm_cfg'],
+        conversion['conv_cfg'],
         return_report=True,
     )
-    print_log(f'Converted after building:\n{report}', logger='current')
+    left = [entry for entry in report.left if 'BatchNorm' in entry.before]
+    report = ConversionReport(report.changed, left)
+    print_log(f'Converted once built:\n{report}', logger='current')
     return built

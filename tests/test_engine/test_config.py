@@ -587,9 +587,18 @@ def test_unregistered_class_is_told():
     assert model.neck.norm_cfg == NORM
 
 
-def test_normalizations_out_of_reach_are_told():
+def test_layers_out_of_reach_are_converted_later_and_told(monkeypatch):
+    path = 'mmdet::dyhead/atss_r50_fpn_dyhead_1x_coco.py'
+    told = []
+    monkeypatch.setattr(config, 'print_log', lambda m, logger: told.append(m))
+    config._tell.cache_clear()
+    assert converted(path).type == 'ConvertedModel'
+    assert len(told) == 1 and 'DyHead: builds layers' in told[0]
     with pytest.warns(UserWarning, match='DyHead.*convert_to_micro_batch'):
-        micro_batch_model(zoo('mmdet::dyhead/atss_r50_fpn_dyhead_1x_coco.py'))
+        assert micro_batch_model(zoo(path), convert=False).type == 'ATSS'
+
+
+def test_vectors_are_told():
     model = classifier(depth=50)
     model['neck'] = dict(type='NonLinearNeck')
     with pytest.warns(UserWarning, match='NonLinearNeck normalizes vectors'):
@@ -610,10 +619,3 @@ def test_gate_of_cgnet_sees_a_scale():
         for m in backbone.modules()
         if isinstance(m, ConvWS)
     )
-
-
-def test_fixed_normalizations_of_a_neck_are_told():
-    """Found by the sweep of the zoos: its cells have BN, whatever we say."""
-    path = 'nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py'
-    with pytest.warns(UserWarning, match='NASFCOS_FPN builds'):
-        micro_batch_model(zoo(f'mmdet::nas_fcos/{path}'))

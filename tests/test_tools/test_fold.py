@@ -277,17 +277,19 @@ def test_all_components_without_a_place_are_found_at_once(
     assert len(tried) == 2
 
 
-def test_what_no_config_expresses(tmp_path):
+def test_layers_that_a_class_has_built_in(tmp_path):
     pytest.importorskip('mmdet')
     config = tmp_path / 'config.py'
     config.write_text(
-        "model = dict(type='ConvertedModel', norm_cfg=dict(type='BCN'), "
-        "conv_cfg=dict(type='ConvWS'), "
-        "model=dict(type='mmdet.ResNet', depth=18))"
+        "model = dict(type='ConvertedModel', depth=18, conversion=dict("
+        "model_type='mmdet.ResNet', norm_cfg=dict(type='BCN'), "
+        "conv_cfg=dict(type='ConvWS')))"
     )
     cfg = read_config(str(config))
     model = randomize(MODELS.build(cfg.model))
-    with pytest.raises(NotExpressible, match='ConvertedModel.*--onnx'):
+    with pytest.raises(
+        NotExpressible, match='bn1 is a BCN.*BatchNorm2d.*--onnx'
+    ):
         stock_model(cfg, model)
 
 

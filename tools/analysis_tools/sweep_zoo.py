@@ -328,7 +328,7 @@ def try_config(config: str, size: int) -> dict:
     import torch
     from mmengine.model import revert_sync_batchnorm
 
-    from wsbcn_mm import convert_to_micro_batch, micro_batch_model
+    from wsbcn_mm import micro_batch_model
 
     torch.manual_seed(0)
     package = config.split('::')[0]
@@ -348,15 +348,15 @@ def try_config(config: str, size: int) -> dict:
         result['error_before'] = summary(error)
     try:
         try:
-            model = build(package, micro_batch_model(original))
+            model_cfg = micro_batch_model(original)
         except ValueError as error:
             if 'no normalization to replace' not in str(error):
                 raise
+            model_cfg = original
             result['refused'] = summary(error)
+        model = build(package, model_cfg)
+        result['converted'] = model_cfg['type'] == 'ConvertedModel'
         result.update(normalizations(model))
-        if result['batch_norms']:  # a class has them, whatever its config
-            convert_to_micro_batch(model)
-            result['converted'] = normalizations(model)
         step = train_one_step(model, copy.deepcopy(batch))
         result['misplaced'] = misplaced(model, step['consumers'])
         result['not_standardized'] = not_standardized(model, step['consumers'])
@@ -386,11 +386,9 @@ def judge(result: dict) -> str:
         return 'WS misplaced'
     if result.get('batch_norms_before') == 0:
         return 'no BN'
-    if result.get('converted', result)['batch_norms'] or result['frozen']:
+    if result['batch_norms'] or result['frozen']:
         return 'partly'
-    if 'converted' in result:
-        return 'converted'
-    return 'works'
+    return 'converted' if result['converted'] else 'works'
 
 
 def work(config: str, size: int, path: str, log: str) -> None:
@@ -475,10 +473,7 @@ def note(result: dict) -> str:
         notes.append(f'WS before {some(places)}')
     left = result['batch_norms']
     if left:
-        notes.append(f'{len(left)} BN of a class of its own: {some(left)}')
-    left = result.get('converted', result)['batch_norms']
-    if left:
-        notes.append(f'{len(left)} stay for good: {some(left)}')
+        notes.append(f'{len(left)} BN stay: {some(left)}')
     if result['frozen']:
         notes.append(f'estimates frozen: {some(result["frozen"])}')
     if result['not_standardized']:
@@ -512,8 +507,8 @@ trains and is normalized as meant. It says nothing about accuracy.
 {counts}
 
 Columns: BN layers before, layers of this package after, convolutions with
-Weight Standardization. "Plain before BCN" is a convolution that could have it
-but whose class takes no `conv_cfg`, or has one of its own: BCN alone is there.
+Weight Standardization. "Plain before BCN" is a convolution without it, of a
+kind of its own, or of which it is not seen that only a BCN follows.
 
 ```shell
 python tools/analysis_tools/sweep_zoo.py work_dirs/zoo.json \\
@@ -523,8 +518,8 @@ python tools/analysis_tools/sweep_zoo.py work_dirs/zoo.json \\
 
 MEANINGS = {
     'works': 'no BN left, everything finite, WS only before a normalization',
-    'converted': 'the same, but a class has BN that no config reaches: with '
-    '`micro_batch_model(..., convert=True)`, which converts the built model',
+    'converted': 'the same; a class has BN or convolutions that no config '
+    'reaches, so that the built model is converted',
     'no BN': 'had none: LayerNorm and GN stay as they are',
     'partly': 'trains, but something is left: the note says what',
     'WS misplaced': 'a standardized output that nothing normalizes',
@@ -555,13 +550,12 @@ def table(configs: list, results: dict) -> str:
                 '| config | result | BN | after | WS | notes |',
                 '| --- | --- | ---: | ---: | ---: | --- |',
             ]
-        after = result.get('converted', result)
         numbers = ' | '.join(
             str(numbers)
             for numbers in (
                 result.get('batch_norms_before', ''),
-                after.get('ours', ''),
-                after.get('standardized', ''),
+                result.get('ours', ''),
+                result.get('standardized', ''),
             )
         )
         name = item['config'].split('::')[1]

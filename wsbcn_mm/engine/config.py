@@ -7,7 +7,7 @@ import math
 import os.path as osp
 import re
 import warnings
-from typing import Any, Optional, Union
+from typing import Any, Optional, Set, Union
 
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
@@ -69,28 +69,61 @@ VECTOR_NORMALIZATIONS = {
     'mmpretrain.SwAVNeck',
 }
 
-# They build blocks with a normalization of their own, whatever norm_cfg says.
-FIXED_NORMALIZATIONS = {
+# They build layers of their own, whatever norm_cfg and conv_cfg say, so that
+# they are complete only once the built model is converted.
+FIXED_LAYERS = {
+    'mmdet.CSPNeXt',
+    'mmdet.CSPNeXtPAFPN',
     'mmdet.CTResNetNeck',
+    'mmdet.CornerHead',
     'mmdet.DilatedEncoder',
     'mmdet.DoubleConvFCBBoxHead',
     'mmdet.DyHead',
+    'mmdet.FPG',
     'mmdet.GridHead',
     'mmdet.HourglassNet',
+    'mmdet.MSDeformAttnPixelDecoder',
+    'mmdet.NASFCOSHead',
     'mmdet.NASFCOS_FPN',
+    'mmdet.NASFPN',
+    'mmdet.PixelDecoder',
+    'mmdet.RTMDetInsSepBNHead',
+    'mmdet.ResLayer',
+    'mmdet.ResNeSt',
+    'mmdet.SOLOHead',
+    'mmdet.SOLOV2Head',
+    'mmdet.TransformerEncoderPixelDecoder',
+    'mmdet.YOLOFHead',
+    'mmpretrain.CSPResNet',
+    'mmpretrain.DenseNet',
+    'mmpretrain.EfficientNetV2',
     'mmpretrain.HRFuseScales',
     'mmpretrain.HRNet',
+    'mmpretrain.InceptionV3',
     'mmpretrain.MobileViT',
     'mmpretrain.PyramidVig',
     'mmpretrain.RepLKNet',
     'mmpretrain.RepMLPNet',
+    'mmpretrain.ResNeSt',
+    'mmpretrain.VAN',
     'mmpretrain.Vig',
     'mmseg.BiSeNetV1',
     'mmseg.BiSeNetV2',
+    'mmseg.DDRHead',
     'mmseg.DDRNet',
+    'mmseg.DepthwiseSeparableASPPHead',
+    'mmseg.DepthwiseSeparableFCNHead',
     'mmseg.ERFNet',
+    'mmseg.FastSCNN',
+    'mmseg.JPU',
+    'mmseg.LRASPPHead',
+    'mmseg.PIDHead',
     'mmseg.PIDNet',
+    'mmseg.ResNeSt',
     'mmseg.STDCContextPathNet',
+    'mmseg.STDCNet',
+    'mmseg.SegformerHead',
+    'mmseg.UNet',
 }
 
 # Their owner hands its own norm_cfg and conv_cfg on to them.
@@ -117,7 +150,7 @@ def micro_batch_model(
     images_per_gpu: int = 1,
     images_per_update: int = 16,
     pretrained: Union[bool, str, None] = None,
-    convert: bool = False,
+    convert: Optional[bool] = None,
 ) -> ConfigDict:
     """Make a model config train with one or two images per GPU.
 
@@ -163,10 +196,11 @@ def micro_batch_model(
             with a warning. A string: the backbone starts from this
             checkpoint. False: everything starts from scratch. True: all stay
             as they are. Default: None
-        convert (bool): Whether to convert, once the model is built, the Batch
-            Normalization that no config reaches because a class has it built
-            in (``configs/ZOO.md`` lists such classes). The result's type is
-            ``ConvertedModel`` then, around the model config. Default: False
+        convert (bool | None): Whether to convert, once the model is built,
+            the Batch Normalization and the convolutions that no config
+            reaches because a class has them built in. The result's type is
+            ``ConvertedModel`` then, all else being where it was. Default:
+            None, where a class is known for it, as the head of DeepLabV3+
 
     Returns:
         ConfigDict: The new model config. A BCN that starts from a GN
@@ -214,6 +248,11 @@ def micro_batch_model(
             'micro_batch_model: pretrained must be True, False, None or the '
             f'name of a checkpoint; got {pretrained!r}'
         )
+    if not isinstance(convert, (bool, type(None))):
+        raise TypeError(
+            'micro_batch_model: convert must be True, False or None; got '
+            f'{convert!r}'
+        )
     check_images('micro_batch_model', images_per_gpu, images_per_update)
     try:
         norm_cfg = with_rate(norm_cfg, images_per_gpu, images_per_update)
@@ -221,8 +260,27 @@ def micro_batch_model(
         check_layer(conv_cfg, 64, 64, 3, bias=False)
     except (TypeError, ValueError) as error:
         raise type(error)(f'micro_batch_model: {error}') from error
-    conversion = _Conversion(norm_cfg, dict(conv_cfg), pretrained)
-    result = conversion.convert(plain_copy(model_cfg), _scope(model_cfg))
+    if is_converted(model_cfg) and convert is None:
+        convert = True
+    result = unconverted(plain_copy(model_cfg))
+    scope = _scope(result)
+    fixed = sorted(_fixed(result, scope))
+    if fixed and convert is None:
+        _tell(
+            f'{" and ".join(fixed)}: builds layers that no config reaches. '
+            'They are converted once the model is built'
+        )
+        convert = True
+    elif fixed and not convert:
+        _warn(
+            f'{" and ".join(fixed)}: builds layers that no config reaches and '
+            'convert=False leaves. Later only the built model can be '
+            'converted, by wsbcn_mm.convert_to_micro_batch(model)'
+        )
+    conversion = _Conversion(
+        norm_cfg, dict(conv_cfg), pretrained, bool(convert)
+    )
+    result = conversion.convert(result, scope)
     if not conversion.norms and not convert:
         raise ValueError(
             f'micro_batch_model: found no normalization to replace in '
@@ -243,17 +301,26 @@ def micro_batch_model(
             f'there is no pretrained={pretrained!r}, so that training would '
             'fail'
         )
-    conversion.keep_function_of_checkpoint()
     if convert:
-        result = dict(
-            type='ConvertedModel',
-            model=result,
-            norm_cfg=conversion.norm_cfg,
-            conv_cfg=conversion.conv_cfg,
-        )
+        result = conversion.converted(result)
+    conversion.keep_function_of_checkpoint()
     return Replacement(
         {key: ConfigDict._hook(value) for key, value in result.items()}
     )
+
+
+def is_converted(model_cfg: dict) -> bool:
+    """Whether a model config is converted once built."""
+    return class_name(model_cfg['type']) == 'ConvertedModel'
+
+
+def unconverted(model_cfg: dict) -> dict:
+    """The config of the model that is converted, or ``model_cfg``."""
+    if not is_converted(model_cfg):
+        return model_cfg
+    model_cfg = dict(model_cfg)
+    conversion = model_cfg.pop('conversion')
+    return {**model_cfg, 'type': conversion['model_type']}
 
 
 class Replacement(ConfigDict):
@@ -283,10 +350,12 @@ class _Conversion:
         norm_cfg: dict,
         conv_cfg: dict,
         pretrained: Union[bool, str, None],
+        built: bool,
     ):
         self.norm_cfg = norm_cfg
         self.conv_cfg = conv_cfg
         self.pretrained = pretrained
+        self.built = built  # whether the built model is converted as well
         self.norms = []  # all that were inserted
         self.standardized = 0  # components that were not standardized before
         self.has_backbone = False
@@ -313,12 +382,6 @@ class _Conversion:
         for name, part in cfg.items():
             if name not in OTHER_PARTS and name not in norms:
                 cfg[name] = self._convert_part(component, name, part, scope)
-        if family(component) & FIXED_NORMALIZATIONS:
-            _warn(
-                f'{class_name(cfg["type"])} builds normalizations that no '
-                'config reaches. Only the built model can be converted: by '
-                'convert=True here, or wsbcn_mm.convert_to_micro_batch(model)'
-            )
         parameters = constructor_parameters(component)
         norms.update(
             (name, default)
@@ -327,8 +390,19 @@ class _Conversion:
         )
         if norms and self._sees_feature_maps(cfg, component):
             self._replace(cfg, component, parameters, norms)
+        if self._standardizes_once_built(component, parameters, norms):
+            self.standardized += 1
         self._fit_checkpoints(cfg, scope, self.standardized > standardized)
         return cfg
+
+    def converted(self, cfg: dict) -> dict:
+        """The config of a model that is converted once built."""
+        conversion = dict(
+            model_type=cfg['type'],
+            norm_cfg=self._norm(),
+            conv_cfg=self.conv_cfg,
+        )
+        return {**cfg, 'type': 'ConvertedModel', 'conversion': conversion}
 
     def keep_function_of_checkpoint(self) -> None:
         """A GN checkpoint has an affine for every channel: so must BCN."""
@@ -407,6 +481,16 @@ class _Conversion:
             cfg['norm_eval'] = False
         if 'frozen_stages' in cfg and 'frozen_stages' in parameters:
             cfg['frozen_stages'] = parameters['frozen_stages']  # none
+
+    def _standardizes_once_built(
+        self, component, parameters: dict, norms: dict
+    ) -> bool:
+        """Whether convolutions change that ``conv_cfg`` does not reach."""
+        if not self.built or _is_plain(self.conv_cfg):
+            return False
+        return _is_fixed(component) or (
+            bool(norms) and 'conv_cfg' not in parameters
+        )
 
     def _norm(self) -> dict:
         self.norms.append(copy.deepcopy(self.norm_cfg))
@@ -535,6 +619,25 @@ def _scope(model_cfg: dict) -> Optional[str]:
         if scope and registered(model_cfg['type'], scope):
             return scope
     return None
+
+
+def _is_fixed(component: Optional[type]) -> bool:
+    """Whether a class has layers that only conversion once built changes."""
+    return bool(family(component) & (FIXED_LAYERS | PLAIN_CONVOLUTIONS))
+
+
+def _fixed(cfg: Any, scope: Optional[str]) -> Set[str]:
+    """The classes in a config that build layers of their own."""
+    if isinstance(cfg, (list, tuple)):
+        return set().union(*(_fixed(part, scope) for part in cfg))
+    if not isinstance(cfg, dict):
+        return set()
+    scope = cfg.get('_scope_') or scope
+    component = registered(cfg.get('type'), scope)
+    own = {class_name(component)} if _is_fixed(component) else set()
+    return own.union(
+        *(_fixed(v, scope) for k, v in cfg.items() if k not in OTHER_PARTS)
+    )
 
 
 def _is_replaced(cfg: Any) -> bool:

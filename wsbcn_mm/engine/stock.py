@@ -31,6 +31,7 @@ from ..stock_layers import (
     check_batch_affines,
     is_ours,
 )
+from .config import unconverted
 
 BCN_TYPES = ('BCN', 'SyncBCN')
 BATCH_TYPES = ('MABN', 'BGN')
@@ -217,9 +218,15 @@ def stock_state_dict(model: nn.Module, stock: nn.Module) -> Dict[str, Tensor]:
     for name, module in model.named_modules():
         target = _stock_name(model, name)
         if isinstance(module, BCN):
-            if not isinstance(stock.get_submodule(target), nn.GroupNorm):
+            place = stock.get_submodule(target)
+            if isinstance(place, nn.Sequential):  # a BatchGroupNorm
                 _add(state, f'{target}.0', as_batch_norm(module))
                 target = f'{target}.1'
+            elif not isinstance(place, nn.GroupNorm):
+                raise NotExpressible(
+                    f'{name} is a BCN where, whatever the config says, there '
+                    f'would be a {type(place).__name__}. {ADVICE}'
+                )
             _add(state, target, as_group_norm(module))
         elif isinstance(module, NormBase):
             _add(state, target, as_batch_norm(module))
@@ -345,6 +352,7 @@ def stock_model(cfg: Config, model: nn.Module):
     """
     check_batch_affines(model)
     cfg = copy.deepcopy(cfg)
+    cfg.model = unconverted(cfg.model)
     whole = set(_of_several_group_numbers(cfg.model, model))
     while True:
         model_cfg = stock_model_config(cfg.model, whole)

@@ -11,6 +11,8 @@ blocks = [
     dict(bcn, method='GN+WS', head_method='BCN+WS'),
     dict(bcn, channel_affine='channel'),
     dict(bcn, separable_ws=True),
+    dict(method='GN+WS', images=1, separable_ws=True),
+    dict(bcn, update_rate=0.0, separable_ws=True),
 ]
 seeds = [0, 1]
 

@@ -10,7 +10,8 @@ was trained with the method's layers, once for all seeds, in batches of 16. The
 method ``'BN-frozen'`` is what the zoo does with one or two images then:
 statistics and running averages stay as they were loaded, and neck and heads
 have no normalization. With ``head_method`` all but the backbone has that
-method's layers.
+method's layers. With ``separable_ws`` the separable convolutions of DeepLabV3+
+are the method's too, which no config reaches.
 """
 
 import copy
@@ -23,14 +24,12 @@ import sys
 import tempfile
 from typing import List
 
-from mmcv.cnn import DepthwiseSeparableConvModule
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from wsbcn_mm import BCN, ConvWS, micro_batch_model
-from wsbcn_mm.convert import convolution_as
+from wsbcn_mm import BCN, micro_batch_model
 
 from ..methods import method_cfg
 
@@ -172,6 +171,7 @@ def build_model(model_cfg: dict, settings: dict) -> dict:
             norm_cfg,
             conv_cfg or dict(type='Conv2d'),
             pretrained=start,
+            convert=settings['separable_ws'],
         )
     if start:  # of the classifier, that is
         model_cfg.backbone.init_cfg['prefix'] = 'backbone.'
@@ -243,14 +243,6 @@ def _pool_with_group_norm(head: nn.Module) -> None:
     setattr(convolution, convolution.norm_name, group_norm)
 
 
-def _standardize_separable(head: nn.Module) -> None:
-    """Give the separable convolutions, which no config reaches, ConvWS."""
-    for module in head.modules():
-        if isinstance(module, DepthwiseSeparableConvModule):
-            for part in (module.depthwise_conv, module.pointwise_conv):
-                part.conv = convolution_as(ConvWS, part.conv)
-
-
 class _FreshEstimates(Hook):
     """Forget the classifier's estimates, which are of other images."""
 
@@ -267,8 +259,6 @@ def run(settings: dict) -> dict:
         runner = Runner.from_cfg(build_config(settings, work_dir))
         if settings['image_pool'] == 'GN':
             _pool_with_group_norm(runner.model.decode_head)
-        if settings['separable_ws']:
-            _standardize_separable(runner.model.decode_head)
         if settings['fresh_estimates']:
             runner.register_hook(_FreshEstimates())
         runner.train()
