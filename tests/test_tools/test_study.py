@@ -497,18 +497,32 @@ def test_heads_of_another_method():
 
 def test_separable_convolutions_get_ws():
     pytest.importorskip('mmseg')
-    from study.tasks import openmmlab
+    grid = Grid(osp.join(STUDY, 'grids', 'segmentation_separable.py'))
 
-    grid = Grid(osp.join(STUDY, 'grids', 'segmentation_long_choices.py'))
-    (cell,) = (cell for cell in grid.cells if cell.get('separable_ws'))
-    head = MODELS.build(untrained_model(cell)).decode_head
-
-    def plain():
+    def plain(cell):
+        head = MODELS.build(untrained_model(cell)).decode_head
         return [n for n, m in head.named_modules() if type(m) is nn.Conv2d]
 
-    assert len(plain()) > 1  # or the setting has no meaning any more
-    openmmlab._standardize_separable(head)
-    assert plain() == ['conv_seg']
+    for cell in ({**cell, 'lr': 1e-3} for cell in grid.cells):
+        assert plain(cell) == ['conv_seg']
+        # Or the setting has no meaning any more:
+        assert len(plain({**cell, 'separable_ws': False})) == 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sync', ['estimates', 'layers'])
+def test_cell_of_two_processes(tmp_path, monkeypatch, sync):
+    pytest.importorskip('mmdet')
+    from study.runs import run_cell
+    from study.tasks import openmmlab
+
+    monkeypatch.chdir(tmp_path)
+    grid = Grid(osp.join(STUDY, 'grids', 'detection_processes.py'))
+    cell = {**grid.cells[0], **MINIATURE, 'sync': sync, 'batch_size': 2}
+    openmmlab.prepare([cell])
+    found = run_cell(cell, str(tmp_path / 'cells'))
+    assert 'error' not in found, found['traceback']
+    assert 0 <= found['result'][grid.report['metric']] <= 1
 
 
 @pytest.mark.slow

@@ -11,25 +11,31 @@ method ``'BN-frozen'`` is what the zoo does with one or two images then:
 statistics and running averages stay as they were loaded, and neck and heads
 have no normalization. With ``head_method`` all but the backbone has that
 method's layers. With ``separable_ws`` the separable convolutions of DeepLabV3+
-are the method's too, which no config reaches.
+are the method's too, which no config reaches. With several ``processes`` each
+has ``images`` at a time, and ``sync`` says what they share besides gradients:
+nothing, ``'estimates'`` after each iteration, or the moments in ``'layers'``.
 """
 
 import copy
 import glob
+import json
 import os
 import os.path as osp
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from typing import List
 
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
 from wsbcn_mm import BCN, micro_batch_model
+from wsbcn_mm.engine.command_line import build_runner
 
 from ..methods import method_cfg
 
@@ -50,6 +56,8 @@ DEFAULTS = dict(
     image_pool=None,
     separable_ws=False,
     fresh_estimates=False,
+    processes=1,
+    sync=None,
     spread=0.5,
     num_train=300,
     num_val=300,
@@ -193,7 +201,7 @@ def build_config(settings: dict, work_dir: str) -> Config:
     cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
     cfg.train_dataloader.batch_size = images
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
-    forwards = batch_size // images
+    forwards = batch_size // (images * settings['processes'])
     iters = settings['steps'] * forwards
     cfg.train_cfg = dict(
         type='IterBasedTrainLoop', max_iters=iters, val_interval=iters
@@ -224,6 +232,12 @@ def build_config(settings: dict, work_dir: str) -> Config:
     cfg.custom_hooks = [
         dict(type='NormalizationMonitorHook', interval=max(iters // 10, 1))
     ]
+    if settings['processes'] > 1:
+        cfg.launcher = 'pytorch'
+    if settings['sync'] == 'estimates':
+        cfg.custom_hooks.append(dict(type='SyncEstimatesHook'))
+    elif settings['sync'] == 'layers':
+        cfg.sync_bn = 'torch'
     cfg.randomness = dict(seed=settings['seed'])
     cfg.work_dir = work_dir
     name = osp.basename(work_dir)  # several trainings share a process
@@ -255,8 +269,45 @@ class _FreshEstimates(Hook):
 def run(settings: dict) -> dict:
     """Train, and evaluate with the library's own metric."""
     settings = {**DEFAULTS, **settings}
+    if settings['processes'] == 1:
+        return _train(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        answer = osp.join(folder, 'metrics.json')
+        torch.multiprocessing.spawn(
+            _train_as_one_of_several,
+            args=(settings, _free_port(), answer),
+            nprocs=settings['processes'],
+        )
+        with open(answer, encoding='utf-8') as file:
+            return json.load(file)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        return found.getsockname()[1]
+
+
+def _train_as_one_of_several(
+    rank: int, settings: dict, port: int, answer: str
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(settings['processes']),
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    metrics = _train(settings)
+    if rank == 0:
+        with open(answer, 'w', encoding='utf-8') as file:
+            json.dump(metrics, file)
+
+
+def _train(settings: dict) -> dict:
     with tempfile.TemporaryDirectory() as work_dir:
-        runner = Runner.from_cfg(build_config(settings, work_dir))
+        runner = build_runner(build_config(settings, work_dir))
         if settings['image_pool'] == 'GN':
             _pool_with_group_norm(runner.model.decode_head)
         if settings['fresh_estimates']:
