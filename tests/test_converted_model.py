@@ -142,6 +142,13 @@ model = dict(backbone=dict(depth=50), decode_head=dict(num_classes=7))
     assert MODELS.build(cfg.model).decode_head.conv_seg.out_channels == 7
 
 
+def test_mmseg_builds_it_for_inference(deeplabv3plus):
+    from mmseg.apis import init_model
+
+    model = init_model(str(deeplabv3plus), device='cpu')
+    assert not plain_before_normalization(model)
+
+
 def test_converted_twice_with_other_numbers(deeplabv3plus):
     base = Config.fromfile(deeplabv3plus).model
     once = micro_batch_model(base, images_per_gpu=2)
@@ -169,6 +176,8 @@ def test_not_converted_on_request(deeplabv3plus):
     with pytest.warns(UserWarning, match='DepthwiseSeparableASPPHead.*False'):
         model = micro_batch_model(base, convert=False)
     assert model.type == 'EncoderDecoder'
+    plain = micro_batch_model(base, conv_cfg=dict(type='Conv2d'))
+    assert plain.type == 'EncoderDecoder'  # its normalizations are in reach
     with pytest.raises(TypeError, match="convert must be .* got 'yes'"):
         micro_batch_model(base, convert='yes')
 

@@ -50,7 +50,8 @@ GN_WS_CHECKPOINTS = {
 NORMALIZED_HEADS = {'mmdet.FasterRCNN', 'mmdet.MaskRCNN'}
 
 # Their conv_cfg also reaches convolutions that no normalization follows,
-# which must keep their scale, or that have a single weight.
+# which must keep their scale, or that have a single weight. Those that one
+# follows are found once the model is built.
 PLAIN_CONVOLUTIONS = {
     'mmpretrain.MobileOne',  # depthwise 1x1 branches
     'mmseg.CGNet',  # what its global gate sees
@@ -69,22 +70,41 @@ VECTOR_NORMALIZATIONS = {
     'mmpretrain.SwAVNeck',
 }
 
-# They build layers of their own, whatever norm_cfg and conv_cfg say, so that
-# they are complete only once the built model is converted.
-FIXED_LAYERS = {
-    'mmdet.CSPNeXt',
-    'mmdet.CSPNeXtPAFPN',
+# They build normalizations of their own, whatever norm_cfg says, so that they
+# are complete only once the built model is converted.
+FIXED_NORMALIZATIONS = {
     'mmdet.CTResNetNeck',
     'mmdet.CornerHead',
     'mmdet.DilatedEncoder',
     'mmdet.DoubleConvFCBBoxHead',
     'mmdet.DyHead',
-    'mmdet.FPG',
     'mmdet.GridHead',
     'mmdet.HourglassNet',
+    'mmdet.NASFCOS_FPN',
+    'mmpretrain.HRFuseScales',
+    'mmpretrain.HRNet',
+    'mmpretrain.InceptionV3',
+    'mmpretrain.MobileViT',
+    'mmpretrain.PyramidVig',
+    'mmpretrain.RepLKNet',
+    'mmpretrain.RepMLPNet',
+    'mmpretrain.VAN',
+    'mmpretrain.Vig',
+    'mmseg.BiSeNetV1',
+    'mmseg.BiSeNetV2',
+    'mmseg.DDRNet',
+    'mmseg.ERFNet',
+    'mmseg.PIDNet',
+    'mmseg.STDCContextPathNet',
+}
+
+# The same of convolutions that norm_cfg normalizes and conv_cfg passes by.
+FIXED_CONVOLUTIONS = {
+    'mmdet.CSPNeXt',
+    'mmdet.CSPNeXtPAFPN',
+    'mmdet.FPG',
     'mmdet.MSDeformAttnPixelDecoder',
     'mmdet.NASFCOSHead',
-    'mmdet.NASFCOS_FPN',
     'mmdet.NASFPN',
     'mmdet.PixelDecoder',
     'mmdet.RTMDetInsSepBNHead',
@@ -97,30 +117,15 @@ FIXED_LAYERS = {
     'mmpretrain.CSPResNet',
     'mmpretrain.DenseNet',
     'mmpretrain.EfficientNetV2',
-    'mmpretrain.HRFuseScales',
-    'mmpretrain.HRNet',
-    'mmpretrain.InceptionV3',
-    'mmpretrain.MobileViT',
-    'mmpretrain.PyramidVig',
-    'mmpretrain.RepLKNet',
-    'mmpretrain.RepMLPNet',
     'mmpretrain.ResNeSt',
-    'mmpretrain.VAN',
-    'mmpretrain.Vig',
-    'mmseg.BiSeNetV1',
-    'mmseg.BiSeNetV2',
     'mmseg.DDRHead',
-    'mmseg.DDRNet',
     'mmseg.DepthwiseSeparableASPPHead',
     'mmseg.DepthwiseSeparableFCNHead',
-    'mmseg.ERFNet',
     'mmseg.FastSCNN',
     'mmseg.JPU',
     'mmseg.LRASPPHead',
     'mmseg.PIDHead',
-    'mmseg.PIDNet',
     'mmseg.ResNeSt',
-    'mmseg.STDCContextPathNet',
     'mmseg.STDCNet',
     'mmseg.SegformerHead',
     'mmseg.UNet',
@@ -264,18 +269,18 @@ def micro_batch_model(
         convert = True
     result = unconverted(plain_copy(model_cfg))
     scope = _scope(result)
-    fixed = sorted(_fixed(result, scope))
+    fixed = ' and '.join(sorted(_fixed(result, scope, conv_cfg)))
     if fixed and convert is None:
         _tell(
-            f'{" and ".join(fixed)}: builds layers that no config reaches. '
-            'They are converted once the model is built'
+            f'no config reaches some layers of {fixed}: they are converted '
+            'once the model is built'
         )
         convert = True
     elif fixed and not convert:
         _warn(
-            f'{" and ".join(fixed)}: builds layers that no config reaches and '
-            'convert=False leaves. Later only the built model can be '
-            'converted, by wsbcn_mm.convert_to_micro_batch(model)'
+            f'no config reaches some layers of {fixed}, and convert=False '
+            'leaves them. Later only the built model can be converted, by '
+            'wsbcn_mm.convert_to_micro_batch(model)'
         )
     conversion = _Conversion(
         norm_cfg, dict(conv_cfg), pretrained, bool(convert)
@@ -488,7 +493,7 @@ class _Conversion:
         """Whether convolutions change that ``conv_cfg`` does not reach."""
         if not self.built or _is_plain(self.conv_cfg):
             return False
-        return _is_fixed(component) or (
+        return _is_fixed(component, self.conv_cfg) or (
             bool(norms) and 'conv_cfg' not in parameters
         )
 
@@ -621,22 +626,29 @@ def _scope(model_cfg: dict) -> Optional[str]:
     return None
 
 
-def _is_fixed(component: Optional[type]) -> bool:
+def _is_fixed(component: Optional[type], conv_cfg: dict) -> bool:
     """Whether a class has layers that only conversion once built changes."""
-    return bool(family(component) & (FIXED_LAYERS | PLAIN_CONVOLUTIONS))
+    fixed = FIXED_NORMALIZATIONS
+    if not _is_plain(conv_cfg):
+        fixed = fixed | FIXED_CONVOLUTIONS | PLAIN_CONVOLUTIONS
+    return bool(family(component) & fixed)
 
 
-def _fixed(cfg: Any, scope: Optional[str]) -> Set[str]:
-    """The classes in a config that build layers of their own."""
+def _fixed(cfg: Any, scope: Optional[str], conv_cfg: dict) -> Set[str]:
+    """The classes in ``cfg`` that :func:`_is_fixed` says it of."""
     if isinstance(cfg, (list, tuple)):
-        return set().union(*(_fixed(part, scope) for part in cfg))
+        return set().union(*(_fixed(part, scope, conv_cfg) for part in cfg))
     if not isinstance(cfg, dict):
         return set()
     scope = cfg.get('_scope_') or scope
     component = registered(cfg.get('type'), scope)
-    own = {class_name(component)} if _is_fixed(component) else set()
-    return own.union(
-        *(_fixed(v, scope) for k, v in cfg.items() if k not in OTHER_PARTS)
+    is_fixed = _is_fixed(component, conv_cfg)
+    return ({class_name(component)} if is_fixed else set()).union(
+        *(
+            _fixed(part, scope, conv_cfg)
+            for name, part in cfg.items()
+            if name not in OTHER_PARTS
+        )
     )
 
 
