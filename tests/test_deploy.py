@@ -112,6 +112,18 @@ def test_bgn_that_splits_channels_is_refused_before_any_change():
     assert [type(m) for m in net] == [ConvWS, BGN] and net.training
 
 
+def test_a_weight_that_is_used_past_its_layer_is_refused():
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + nn.functional.conv2d(x, self[0].weight)
+
+    net = Net(ConvWS(3, 8, 1), BCN(8))
+    for outer in (net, nn.Sequential(net)):
+        with pytest.raises(NotReplaceable, match=r'the weight of .*0 itself'):
+            fold_for_inference(outer, inplace=True)
+        assert isinstance(net[0], ConvWS) and net.training
+
+
 class OfOurs(nn.Module):
     """As far as its name says: there is no stock counterpart."""
 

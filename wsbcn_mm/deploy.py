@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .example_inputs import run_example
-from .feeding import find_feeding_convolutions
+from .feeding import find_feeding_convolutions, parameters_used_directly
 from .layers import BCN
 from .layers.checkpoint_names import forget_names
 from .stock_layers import (
@@ -93,8 +93,9 @@ def fold_for_inference(
         evaluation mode; do not train it.
 
     Raises:
-        NotReplaceable: If a layer of ours has no counterpart; a
-            RuntimeError. Nothing is changed then.
+        NotReplaceable: If a layer of ours has no counterpart, or the forward
+            code takes a weight past its layer; a RuntimeError. Nothing is
+            changed then.
         RuntimeError: If the outputs for ``example_inputs`` differ by more
             than rounding. Nothing is changed then.
         ValueError: If the network does not run with ``example_inputs``, or
@@ -171,8 +172,14 @@ def fold_for_inference(
 def _check_replaceable(module: nn.Module) -> None:
     """Raise an error while nothing is changed."""
     check_batch_affines(module)
+    used = parameters_used_directly(module)
     inside, left = set(), []
     for name, part in module.named_modules():
+        if hasattr(part, 'standardized_weight') and part.weight in used:
+            raise NotReplaceable(
+                f'the forward code takes the weight of {name} itself, in '
+                'whose place would be the standardized one'
+            )
         batch = batch_affine(part) is not None
         if batch or hasattr(part, 'standardized_weight'):
             inside.update(part.modules())

@@ -10,7 +10,7 @@ lists and make decisions), every part of it that can be traced.
 import inspect
 import operator
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Set, Tuple
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -87,6 +87,23 @@ def find_feeding_convolutions(
             feeding = Feeding(name, not reason, feeding.traced, reason)
         result[names[norm]] = feeding
     return result
+
+
+def parameters_used_directly(
+    module: nn.Module, norm_types: Tuple[type, ...] = NORMALIZATIONS
+) -> Set[nn.Parameter]:
+    """Those that the forward code takes itself, past their layer's call.
+
+    Args:
+        module (nn.Module): A network, in the mode whose forward is meant.
+        norm_types (tuple[type]): What counts as a normalization; only parts
+            with one are looked at.
+    """
+    return {
+        parameter
+        for part in _traceable_parts(module, norm_types)
+        for parameter in _used_parameters(part)
+    }
 
 
 def _is_outermost(norm, names, module, norm_types) -> bool:
