@@ -6,5 +6,6 @@ blocks = [
     dict(method='BCN+WS', update_rate=0.0006),
     dict(method=['GN+WS', 'MABN+CenConv']),
 ]
+tune = dict(lr=[3e-3, 1e-2])
 
 report = dict(rows='method')
