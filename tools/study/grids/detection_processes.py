@@ -8,6 +8,7 @@ blocks = [
     dict(update_rate=0.0006),
     dict(update_rate=0.00125, sync=['estimates', 'layers']),
 ]
+seeds = [0, 1]
 tune = None
 
 report = dict(rows=['method', 'sync', 'update_rate'])
