@@ -232,8 +232,7 @@ def build_config(settings: dict, work_dir: str) -> Config:
     cfg.custom_hooks = [
         dict(type='NormalizationMonitorHook', interval=max(iters // 10, 1))
     ]
-    if settings['processes'] > 1:
-        cfg.launcher = 'pytorch'
+    cfg.launcher = 'pytorch' if settings['processes'] > 1 else 'none'
     if settings['sync'] == 'estimates':
         cfg.custom_hooks.append(dict(type='SyncEstimatesHook'))
     elif settings['sync'] == 'layers':
