@@ -124,6 +124,16 @@ def test_a_weight_that_is_used_past_its_layer_is_refused():
         assert isinstance(net[0], ConvWS) and net.training
 
 
+def test_a_weight_that_only_training_uses_past_its_layer_folds():
+    class Net(nn.Sequential):
+        def forward(self, x):
+            x = super().forward(x)
+            return x + self[0].weight.norm() if self.training else x
+
+    folded = fold_for_inference(Net(ConvWS(3, 8, 1), BCN(8)).train())
+    assert type(folded[0]) is nn.Conv2d
+
+
 class OfOurs(nn.Module):
     """As far as its name says: there is no stock counterpart."""
 

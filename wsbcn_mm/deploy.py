@@ -17,7 +17,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .example_inputs import run_example
-from .feeding import find_feeding_convolutions, parameters_used_directly
+from .feeding import (
+    find_feeding_convolutions,
+    parameters_used_directly,
+    traceable_parts,
+)
 from .layers import BCN
 from .layers.checkpoint_names import forget_names
 from .stock_layers import (
@@ -130,9 +134,17 @@ def fold_for_inference(
         example_inputs = None
     if not inplace:
         module = copy.deepcopy(module)
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     report = FoldReport()
-    feedings = find_feeding_convolutions(module)
+    parts = traceable_parts(module)
+    try:
+        _check_uses_of_weights(module, parts)
+    except NotReplaceable:
+        for part, training in modes.items():
+            part.training = training
+        raise
+    feedings = find_feeding_convolutions(module, parts=parts)
     if example_inputs is not None:
         wanted = _outputs(module, example_inputs)
     for name, conv in list(module.named_modules()):
@@ -172,14 +184,8 @@ def fold_for_inference(
 def _check_replaceable(module: nn.Module) -> None:
     """Raise an error while nothing is changed."""
     check_batch_affines(module)
-    used = parameters_used_directly(module)
     inside, left = set(), []
     for name, part in module.named_modules():
-        if hasattr(part, 'standardized_weight') and part.weight in used:
-            raise NotReplaceable(
-                f'the forward code takes the weight of {name} itself, in '
-                'whose place would be the standardized one'
-            )
         batch = batch_affine(part) is not None
         if batch or hasattr(part, 'standardized_weight'):
             inside.update(part.modules())
@@ -190,6 +196,17 @@ def _check_replaceable(module: nn.Module) -> None:
             f'no stock layer can replace {", ".join(left)} '
             f'({type(module.get_submodule(left[0])).__name__})'
         )
+
+
+def _check_uses_of_weights(module: nn.Module, parts: List[tuple]) -> None:
+    """Raise where one would be standardized that was not."""
+    used = parameters_used_directly(parts)
+    for name, part in module.named_modules():
+        if hasattr(part, 'standardized_weight') and part.weight in used:
+            raise NotReplaceable(
+                f'the forward code takes the weight of {name} itself, in '
+                'whose place would be the standardized one'
+            )
 
 
 def _outputs(module: nn.Module, example_inputs: Any) -> List[Tensor]:

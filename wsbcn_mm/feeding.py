@@ -42,7 +42,9 @@ class Feeding:
 
 
 def find_feeding_convolutions(
-    module: nn.Module, norm_types: Tuple[type, ...] = NORMALIZATIONS
+    module: nn.Module,
+    norm_types: Tuple[type, ...] = NORMALIZATIONS,
+    parts: Optional[List[tuple]] = None,
 ) -> Dict[str, Feeding]:
     """Find the convolution that feeds each normalization.
 
@@ -50,6 +52,8 @@ def find_feeding_convolutions(
         module (nn.Module): A network, in the mode whose forward is meant. It
             is not changed.
         norm_types (tuple[type]): What counts as a normalization.
+        parts (list[tuple] | None): What :func:`traceable_parts` returned for
+            both, if that is at hand. Default: None
 
     Returns:
         dict[str, Feeding]: One entry for each normalization, by its name in
@@ -63,9 +67,10 @@ def find_feeding_convolutions(
     names = {m: name for name, m in module.named_modules()}
     norms = [m for m in names if _is_outermost(m, names, module, norm_types)]
     calls = {norm: [] for norm in norms}
-    used = set()
-    for part in _traceable_parts(module, norm_types):
-        used.update(_used_parameters(part))
+    if parts is None:
+        parts = traceable_parts(module, norm_types)
+    used = parameters_used_directly(parts)
+    for part in parts:
         # The outermost trace sees the most: what it saw stands.
         for norm, found in _calls(part, norm_types).items():
             if not calls[norm]:
@@ -89,20 +94,26 @@ def find_feeding_convolutions(
     return result
 
 
-def parameters_used_directly(
+def traceable_parts(
     module: nn.Module, norm_types: Tuple[type, ...] = NORMALIZATIONS
-) -> Set[nn.Parameter]:
-    """Those that the forward code takes itself, past their layer's call.
+) -> List[Tuple[nn.Module, fx.Graph]]:
+    """The largest parts that can be traced and have a normalization.
 
     Args:
         module (nn.Module): A network, in the mode whose forward is meant.
-        norm_types (tuple[type]): What counts as a normalization; only parts
-            with one are looked at.
+        norm_types (tuple[type]): What counts as a normalization.
+    """
+    return list(_traceable_parts(module, norm_types))
+
+
+def parameters_used_directly(parts: List[tuple]) -> Set[nn.Parameter]:
+    """Those that the forward code takes itself, past their layer's call.
+
+    Args:
+        parts (list[tuple]): What :func:`traceable_parts` returned.
     """
     return {
-        parameter
-        for part in _traceable_parts(module, norm_types)
-        for parameter in _used_parameters(part)
+        parameter for part in parts for parameter in _used_parameters(part)
     }
 
 
