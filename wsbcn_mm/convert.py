@@ -55,36 +55,6 @@ HOOKS = (
 )
 
 
-def convolution_as(kind: type, conv: nn.Module, **options) -> nn.Module:
-    """A convolution of another class with the parameters of ``conv``.
-
-    Args:
-        kind (type): The class, as :class:`ConvWS`.
-        conv (nn.Module): What it takes everything from but the class.
-        **options: Arguments of the class besides.
-    """
-    new = kind(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-        **options,
-    )
-    for part in ('_parameters', '_buffers', '_modules'):
-        setattr(new, part, {**getattr(new, part), **getattr(conv, part)})
-    for key, value in vars(conv).items():
-        if key not in ('_parameters', '_buffers', '_modules'):
-            setattr(new, key, value)
-    return new
-
-
 @dataclass(frozen=True)
 class Entry:
     """What became of one layer.
@@ -457,11 +427,8 @@ class _Conversion:
         reasons = {
             c: self._why_keep_conv(c, followed, unsure) for c in self.convs
         }
-        options = {k: v for k, v in self.conv_cfg.items() if k != 'type'}
         self.replacements = {
-            c: convolution_as(self._conv_class(c), c, **options)
-            for c in self.convs
-            if not reasons[c]
+            c: self._standardized(c) for c in self.convs if not reasons[c]
         }
         for layer in self.names:
             if layer in reasons:
@@ -564,6 +531,29 @@ class _Conversion:
             kind = MODELS.get(kind if dim == 2 else f'{kind}{dim}d')
         torch_kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
         return kind if kind and issubclass(kind, torch_kind) else None
+
+    def _standardized(self, conv) -> nn.Module:
+        options = {k: v for k, v in self.conv_cfg.items() if k != 'type'}
+        new = self._conv_class(conv)(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
+        for part in ('_parameters', '_buffers', '_modules'):
+            setattr(new, part, {**getattr(new, part), **getattr(conv, part)})
+        for key, value in vars(conv).items():
+            if key not in ('_parameters', '_buffers', '_modules'):
+                setattr(new, key, value)
+        return new
 
     def _normalization(self, norm) -> Tuple[nn.Module, str]:
         channels = _num_features(norm)

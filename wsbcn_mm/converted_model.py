@@ -5,7 +5,6 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from .convert import ConversionReport, convert_to_micro_batch
-from .engine.config import unconverted
 
 
 @MODELS.register_module(name='ConvertedModel', force=True)
@@ -25,9 +24,8 @@ def converted_model(conversion: dict, **model_cfg) -> nn.Module:
         nn.Module: The converted model. What was changed is logged, and which
         Batch Normalizations were not.
     """
-    model_cfg.update(type='ConvertedModel', conversion=conversion)
     built, report = convert_to_micro_batch(
-        MODELS.build(unconverted(model_cfg)),
+        MODELS.build({**model_cfg, 'type': conversion['model_type']}),
         conversion['norm_cfg'],
         conversion['conv_cfg'],
         return_report=True,

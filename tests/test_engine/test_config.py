@@ -619,3 +619,12 @@ def test_gate_of_cgnet_sees_a_scale():
         for m in backbone.modules()
         if isinstance(m, ConvWS)
     )
+
+
+def test_fixed_normalizations_of_a_neck_are_told():
+    """Found by the sweep of the zoos: its cells have BN, whatever we say."""
+    path = 'nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py'
+    path = f'mmdet::nas_fcos/{path}'
+    with pytest.warns(UserWarning, match='NASFCOS_FPN'):
+        micro_batch_model(zoo(path), convert=False)
+    assert converted(path).type == 'ConvertedModel'

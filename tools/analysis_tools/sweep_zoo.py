@@ -329,6 +329,7 @@ def try_config(config: str, size: int) -> dict:
     from mmengine.model import revert_sync_batchnorm
 
     from wsbcn_mm import micro_batch_model
+    from wsbcn_mm.engine.config import is_converted
 
     torch.manual_seed(0)
     package = config.split('::')[0]
@@ -355,7 +356,7 @@ def try_config(config: str, size: int) -> dict:
             model_cfg = original
             result['refused'] = summary(error)
         model = build(package, model_cfg)
-        result['converted'] = model_cfg['type'] == 'ConvertedModel'
+        result['converted'] = is_converted(model_cfg)
         result.update(normalizations(model))
         step = train_one_step(model, copy.deepcopy(batch))
         result['misplaced'] = misplaced(model, step['consumers'])

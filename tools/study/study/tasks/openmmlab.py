@@ -22,7 +22,6 @@ import json
 import os
 import os.path as osp
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from wsbcn_mm import BCN, micro_batch_model
 from wsbcn_mm.engine.command_line import build_runner
@@ -274,21 +274,15 @@ def run(settings: dict) -> dict:
         answer = osp.join(folder, 'metrics.json')
         torch.multiprocessing.spawn(
             _train_as_one_of_several,
-            args=(settings, _free_port(), answer),
+            args=(settings, get_free_port(), torch.get_num_threads(), answer),
             nprocs=settings['processes'],
         )
         with open(answer, encoding='utf-8') as file:
             return json.load(file)
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(('127.0.0.1', 0))
-        return found.getsockname()[1]
-
-
 def _train_as_one_of_several(
-    rank: int, settings: dict, port: int, answer: str
+    rank: int, settings: dict, port: int, threads: int, answer: str
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -297,7 +291,7 @@ def _train_as_one_of_several(
         MASTER_ADDR='127.0.0.1',
         MASTER_PORT=str(port),
     )
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     metrics = _train(settings)
     if rank == 0:
         with open(answer, 'w', encoding='utf-8') as file:
