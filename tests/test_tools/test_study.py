@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import os.path as osp
@@ -507,6 +508,43 @@ def test_separable_convolutions_get_ws():
         assert plain(cell) == ['conv_seg']
         # Or the setting has no meaning any more:
         assert len(plain({**cell, 'separable_ws': False})) == 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['BCN+WS', 'GN+WS'])
+def test_a_step_in_one_pass_equals_accumulated_images(
+    tmp_path, monkeypatch, method
+):
+    pytest.importorskip('mmseg')
+    from study.tasks import openmmlab
+
+    monkeypatch.chdir(tmp_path)
+    grid = Grid(osp.join(STUDY, 'grids', 'segmentation_sgd.py'))
+    cell = {**openmmlab.DEFAULTS, **grid.cells[0], **MINIATURE}
+    cell.update(method=method, steps=2, pretrained=False, lr=0.05)
+    openmmlab.prepare([cell])
+
+    def trained(one_pass):
+        work_dir = str(tmp_path / f'one_pass_{one_pass}')
+        runner = openmmlab.build_training(
+            {**cell, 'one_pass': one_pass}, work_dir
+        )
+        assert runner.optim_wrapper.optimizer.type == 'SGD'
+        assert runner.max_iters == (2 if one_pass else 4)
+        runner.param_schedulers = None  # whose iterations are not the same
+        start = copy.deepcopy(runner.model.state_dict())
+        for module in runner.model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+            if hasattr(module, 'class_weight'):
+                module.class_weight = None
+        runner.train()
+        return start, runner.model.state_dict()
+
+    (start, once), (_, accumulated) = trained(True), trained(False)
+    torch.testing.assert_close(once, accumulated, rtol=1e-2, atol=2e-3)
+    for name in ('backbone.conv1.weight', 'decode_head.conv_seg.weight'):
+        assert (once[name] - start[name]).abs().max() > 1e-2
 
 
 @pytest.mark.slow

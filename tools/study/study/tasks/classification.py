@@ -10,6 +10,7 @@ from mmengine.logging import MMLogger
 from mmpretrain.registry import MODELS
 from torch import nn
 
+from wsbcn_mm import BCN
 from wsbcn_mm.engine.hooks import NormalizationMonitor
 
 from ..methods import method_cfg
@@ -23,6 +24,7 @@ DEFAULTS = dict(
     num_groups=8,
     update_rate=None,
     annealing=False,
+    scheduled=False,
     channel_affine='group',
     weight_decay=1e-4,
     variation=1.0,
@@ -78,6 +80,13 @@ def schedule(step: int, settings: dict) -> float:
     """A linear warm-up, then a cosine to zero."""
     warmup = min(1.0, (step + 1) / settings['warmup'])
     return warmup * 0.5 * (1 + math.cos(math.pi * step / settings['steps']))
+
+
+def set_update_rate(model: nn.Module, rate: float) -> None:
+    """Let BCN's estimates move by ``rate`` from here on."""
+    for module in model.modules():
+        if isinstance(module, BCN):
+            module.momentum = rate
 
 
 def training_data(settings: dict, device: torch.device):
@@ -176,8 +185,11 @@ def run(settings: dict, on_step: Optional[Callable] = None) -> dict:
     monitor, seen = NormalizationMonitor(model), []
     losses = []
     for step, (images, labels) in enumerate(training_data(settings, device)):
+        share = schedule(step, settings)
         for group in optimizer.param_groups:
-            group['lr'] = settings['lr'] * schedule(step, settings)
+            group['lr'] = settings['lr'] * share
+        if settings['scheduled']:
+            set_update_rate(model, settings['update_rate'] * share)
         if on_step is not None:
             on_step(step, model, images, labels)
         watched = settings['monitor'] and step % settings['monitor'] == 0

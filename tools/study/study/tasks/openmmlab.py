@@ -11,7 +11,12 @@ method ``'BN-frozen'`` is what the zoo does with one or two images then:
 statistics and running averages stay as they were loaded, and neck and heads
 have no normalization. With ``head_method`` all but the backbone has that
 method's layers. With ``separable_ws`` the separable convolutions of DeepLabV3+
-are the method's too, which no config reaches. With several ``processes`` each
+are the method's too, which no config reaches. With ``zoo_optimizer`` the
+optimizer is that of the library's own schedules, SGD, instead of the config's.
+With ``one_pass`` a segmenter sees the images of a step at once and only the
+normalizations ``images`` at a time: faster, and the same but for dropout's
+random numbers and for a loss with class weights, which MMSegmentation divides
+by their sum over what it sees at once. With several ``processes`` each
 has ``images`` at a time, and ``sync`` says what they share besides gradients:
 nothing, ``'estimates'`` after each iteration, or the moments in ``'layers'``.
 """
@@ -38,6 +43,7 @@ from wsbcn_mm import BCN, micro_batch_model
 from wsbcn_mm.engine.command_line import build_runner
 
 from ..methods import method_cfg
+from ..micro_batches import normalize_in_micro_batches
 
 ROOT = osp.join(osp.dirname(osp.abspath(__file__)), *4 * [osp.pardir])
 CONVERTERS = osp.join(ROOT, 'tools', 'dataset_converters')
@@ -47,6 +53,10 @@ CLASSIFIER = osp.join(
 )
 FROZEN = 'BN-frozen'
 SCENES_SEED = dict(test=0, val=1)
+ZOO_SCHEDULES = dict(
+    mmdet='mmdet::_base_/schedules/schedule_1x.py',
+    mmseg='mmseg::_base_/schedules/schedule_20k.py',
+)
 DEFAULTS = dict(
     batch_size=4,
     num_groups=4,
@@ -56,6 +66,8 @@ DEFAULTS = dict(
     image_pool=None,
     separable_ws=False,
     fresh_estimates=False,
+    zoo_optimizer=False,
+    one_pass=False,
     processes=1,
     sync=None,
     spread=0.5,
@@ -189,7 +201,8 @@ def build_model(model_cfg: dict, settings: dict) -> dict:
 def build_config(settings: dict, work_dir: str) -> Config:
     """The config of one training."""
     cfg = Config.fromfile(osp.join(ROOT, settings['config']))
-    images, batch_size = settings['images'], settings['batch_size']
+    batch_size = settings['batch_size']
+    images = batch_size if settings['one_pass'] else settings['images']
     cfg.model = build_model(cfg.model, settings)
     root = data_root(settings)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
@@ -206,6 +219,10 @@ def build_config(settings: dict, work_dir: str) -> Config:
     cfg.train_cfg = dict(
         type='IterBasedTrainLoop', max_iters=iters, val_interval=iters
     )
+    if settings['zoo_optimizer']:
+        schedule = f"_base_ = '{ZOO_SCHEDULES[cfg.default_scope]}'"
+        schedule = Config.fromstring(schedule, '.py')
+        cfg.optim_wrapper = schedule.optim_wrapper
     cfg.optim_wrapper.optimizer.lr = settings['lr']
     cfg.optim_wrapper.accumulative_counts = forwards
     warmup = min(50 * forwards, iters // 2)
@@ -298,13 +315,21 @@ def _train_as_one_of_several(
             json.dump(metrics, file)
 
 
+def build_training(settings: dict, work_dir: str) -> Runner:
+    """The Runner of one training, with what no config reaches."""
+    runner = build_runner(build_config(settings, work_dir))
+    if settings['image_pool'] == 'GN':
+        _pool_with_group_norm(runner.model.decode_head)
+    if settings['one_pass']:
+        normalize_in_micro_batches(runner.model, settings['images'])
+    if settings['fresh_estimates']:
+        runner.register_hook(_FreshEstimates())
+    return runner
+
+
 def _train(settings: dict) -> dict:
     with tempfile.TemporaryDirectory() as work_dir:
-        runner = build_runner(build_config(settings, work_dir))
-        if settings['image_pool'] == 'GN':
-            _pool_with_group_norm(runner.model.decode_head)
-        if settings['fresh_estimates']:
-            runner.register_hook(_FreshEstimates())
+        runner = build_training(settings, work_dir)
         runner.train()
         scalars = runner.message_hub.log_scalars
     metrics = {

@@ -1,0 +1,20 @@
+# segmentation_separable_steps.py with SGD, the optimizer of the zoo's schedules,
+# instead of the digits' AdamW: are BCN's estimates behind the statistics of a
+# batch there too, and which update rate do they need?
+_base_ = './segmentation.py'
+common = dict(
+    batch_size=16,
+    steps=200,
+    separable_ws=True,
+    zoo_optimizer=True,
+    one_pass=True,
+)
+blocks = [
+    dict(method='BCN+WS', images=1, update_rate=[0.0006, 0.00625, 0.03]),
+    dict(method='GN+WS', images=1),
+    dict(method=['BN', 'BCN-large+WS'], images=16),
+    dict(method='BN', images=2),
+]
+tune = dict(lr=[0.3, 0.6, 1.2])
+
+report = dict(rows=['method', 'update_rate'])
