@@ -50,6 +50,12 @@ def vectors():
     return Vectors
 
 
+@pytest.fixture
+def mmdet_resnet():
+    """mmdet's ResNet. The other tests of layers do without mmdet."""
+    return pytest.importorskip('mmdet.models.backbones').ResNet
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from mmdet.models.backbones import ResNet
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import MODELS
 from torch import nn
@@ -206,8 +205,8 @@ def test_momentum_none_is_the_cumulative_average():
 
 
 @pytest.mark.parametrize('estimate', [True, False])
-def test_norm_eval_freezes_the_estimates(estimate):
-    backbone = ResNet(
+def test_norm_eval_freezes_the_estimates(estimate, mmdet_resnet):
+    backbone = mmdet_resnet(
         18, norm_cfg=dict(NORM_CFG, estimate=estimate), norm_eval=True
     )
     backbone.train()
@@ -265,8 +264,8 @@ def test_activation_checkpointing(use_reentrant):
     close(norm.running_var, plain.running_var)
 
 
-def test_with_cp_of_mmdet():
-    backbone = ResNet(
+def test_with_cp_of_mmdet(mmdet_resnet):
+    backbone = mmdet_resnet(
         18, base_channels=8, norm_cfg=NORM_CFG, with_cp=True, norm_eval=False
     )
     backbone.train()
@@ -413,8 +412,8 @@ def test_strided_views(size):
     close(norm(x), norm(x.contiguous()).detach(), 1e-6)
 
 
-def test_zero_init_leaves_the_block_alive():
-    backbone = ResNet(
+def test_zero_init_leaves_the_block_alive(mmdet_resnet):
+    backbone = mmdet_resnet(
         50, base_channels=8, norm_cfg=NORM_CFG, zero_init_residual=True
     )
     backbone.init_weights()

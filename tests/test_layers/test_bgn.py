@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmdet.models.backbones import ResNet
 from mmengine.registry import MODELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -223,9 +222,9 @@ def test_in_place_relu_and_channels_last(training, groups):
         assert t.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_in_a_resnet_of_mmdet():
+def test_in_a_resnet_of_mmdet(mmdet_resnet):
     cfg = dict(type='BGN', num_groups=4)
-    net = ResNet(18, base_channels=8, norm_cfg=cfg, norm_eval=False)
+    net = mmdet_resnet(18, base_channels=8, norm_cfg=cfg, norm_eval=False)
     net.init_weights()
     net.train()
     x = torch.randn(2, 3, 32, 32)

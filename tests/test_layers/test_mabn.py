@@ -4,7 +4,6 @@ import pickle
 import mmcv.cnn
 import pytest
 import torch
-from mmdet.models.backbones import ResNet
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import nn
@@ -377,8 +376,8 @@ def test_compiles_without_graph_break():
         close(getattr(other, name), buffer, 1e-5)
 
 
-def test_in_a_resnet_of_mmdet():
-    net = ResNet(
+def test_in_a_resnet_of_mmdet(mmdet_resnet):
+    net = mmdet_resnet(
         18,
         base_channels=8,
         norm_cfg=NORM_CFG,

@@ -106,6 +106,23 @@ def test_mask_rcnn_step(benchmark):
     assert ours['saved_mib'] <= group_norm['saved_mib']
 
 
+@pytest.mark.slow
+def test_mask_rcnn_step_with_the_ops_of_torchvision(monkeypatch, benchmark):
+    import mmcv.ops  # noqa: F401
+
+    for op in ('nms', 'roi_align'):  # as they were, for other tests
+        module = sys.modules[f'mmcv.ops.{op}']
+        monkeypatch.setattr(module, 'ext_module', module.ext_module)
+
+    def losses(ops):
+        (result,) = benchmark(
+            'mask_rcnn_step', '--variants', 'GN + ConvWS', '--ops', ops
+        )
+        return result['loss']
+
+    assert losses('mmcv') == pytest.approx(losses('torchvision'), rel=1e-5)
+
+
 def test_a_missing_gpu_is_named(benchmark):
     if torch.cuda.is_available():
         pytest.skip('there is a GPU')

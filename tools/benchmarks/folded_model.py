@@ -8,6 +8,7 @@ convolutions, GN and BCN with WS as they are, and both folded.
 
 import copy
 
+import _ops  # noqa: F401  before mmdet
 import torch
 from _harness import begin, each, markdown, parser, report, seconds
 from mmcv.cnn import fuse_conv_bn

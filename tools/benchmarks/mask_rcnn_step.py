@@ -5,6 +5,7 @@ R-50-FPN in the paper's form, with SGD, on one made-up image.
     python tools/benchmarks/mask_rcnn_step.py --device cuda --amp
 """
 
+import _ops  # before mmdet
 import _variants  # noqa: F401  registers what BCN is compared with
 import mmdet.models  # noqa: F401
 import numpy as np
@@ -145,8 +146,10 @@ def main(argv=None):
     options.add_argument(
         '--variants', nargs='+', default=list(VARIANTS), choices=VARIANTS
     )
+    _ops.add_option(options)
     args = options.parse_args(argv)
     begin(args)
+    args.ops = _ops.choose(args.ops, args.device)
     register_all_modules(init_default_scope=False)
     init_default_scope('mmdet')
     height, width = (96, 128) if args.small else (800, 1344)

@@ -1,5 +1,5 @@
-# detection_pretrained.py with SGD, the optimizer of the zoo's schedules, instead
-# of the digits' AdamW: which update rate do BCN's estimates need there?
+# detection_pretrained.py with the optimizer of the zoo's schedules (SGD, the
+# digits have AdamW): which update rate do BCN's estimates need there?
 _base_ = './detection_pretrained.py'
 common = dict(zoo_optimizer=True)
 blocks = [

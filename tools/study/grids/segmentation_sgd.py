@@ -1,6 +1,6 @@
-# segmentation_separable_steps.py with SGD, the optimizer of the zoo's schedules,
-# instead of the digits' AdamW: are BCN's estimates behind the statistics of a
-# batch there too, and which update rate do they need?
+# segmentation_separable_steps.py with the zoo's optimizer, SGD, instead of the
+# digits' AdamW: are BCN's estimates behind a batch's own statistics there too,
+# and which update rate do they need?
 _base_ = './segmentation.py'
 common = dict(
     batch_size=16,
