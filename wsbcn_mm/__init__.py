@@ -11,6 +11,7 @@ from .converted_model import converted_model as _converted_model  # noqa: E402, 
 from .deploy import fold_for_inference  # noqa: E402
 from .engine import (  # noqa: E402
     SyncEstimatesHook,
+    UpdateRateHook,
     micro_batch_model,
     update_rate,
 )
@@ -40,6 +41,7 @@ __all__ = [
     'MABN',
     'SyncBCN',
     'SyncEstimatesHook',
+    'UpdateRateHook',
     '__version__',
     'convert_to_micro_batch',
     'fold_for_inference',

@@ -6,6 +6,7 @@ from .hooks import (
     ExactResumeHook,
     NormalizationMonitorHook,
     SyncEstimatesHook,
+    UpdateRateHook,
     calibrate,
 )
 from .update_rate import update_rate
@@ -15,6 +16,7 @@ __all__ = [
     'ExactResumeHook',
     'NormalizationMonitorHook',
     'SyncEstimatesHook',
+    'UpdateRateHook',
     'calibrate',
     'micro_batch_model',
     'update_rate',

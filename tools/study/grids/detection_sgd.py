@@ -2,10 +2,12 @@
 # digits have AdamW): which update rate do BCN's estimates need there?
 _base_ = './detection_pretrained.py'
 common = dict(zoo_optimizer=True)
+bcn = dict(method='BCN+WS', images=1)
 blocks = [
-    dict(method='BCN+WS', images=1, update_rate=[0.0006, 0.00625, 0.06]),
-    dict(method=['GN+WS', 'BN-frozen'], images=1),
+    dict(bcn, update_rate=[0.0006, 0.00625, 0.03]),
+    dict(bcn, update_rate=0.03, scheduled=True),  # follows the learning rate
+    dict(method='GN+WS', images=1),
 ]
-tune = dict(lr=[0.02, 0.06, 0.2])
+tune = dict(lr=[0.02, 0.06, 0.1])
 
-report = dict(rows=['method', 'update_rate'])
+report = dict(rows=['method', 'update_rate', 'scheduled'])

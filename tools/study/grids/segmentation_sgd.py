@@ -9,12 +9,13 @@ common = dict(
     zoo_optimizer=True,
     one_pass=True,
 )
+bcn = dict(method='BCN+WS', images=1)
 blocks = [
-    dict(method='BCN+WS', images=1, update_rate=[0.0006, 0.00625, 0.03]),
+    dict(bcn, update_rate=[0.0006, 0.00625, 0.03]),
+    dict(bcn, update_rate=0.03, scheduled=True),  # follows the learning rate
     dict(method='GN+WS', images=1),
     dict(method=['BN', 'BCN-large+WS'], images=16),
-    dict(method='BN', images=2),
 ]
-tune = dict(lr=[0.3, 0.6, 1.2])
+tune = dict(lr=[0.3, 0.6, 1.2, 2.4])
 
-report = dict(rows=['method', 'update_rate'])
+report = dict(rows=['method', 'update_rate', 'scheduled'])

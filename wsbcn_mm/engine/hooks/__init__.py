@@ -7,6 +7,7 @@ from .normalization_monitor import (
     NormalizationMonitorHook,
 )
 from .sync_estimates_hook import SyncEstimatesHook
+from .update_rate_hook import UpdateRateHook
 
 __all__ = [
     'CalibrateEstimatesHook',
@@ -14,5 +15,6 @@ __all__ = [
     'NormalizationMonitor',
     'NormalizationMonitorHook',
     'SyncEstimatesHook',
+    'UpdateRateHook',
     'calibrate',
 ]

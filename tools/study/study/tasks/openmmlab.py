@@ -66,6 +66,7 @@ DEFAULTS = dict(
     image_pool=None,
     separable_ws=False,
     fresh_estimates=False,
+    scheduled=False,
     zoo_optimizer=False,
     one_pass=False,
     processes=1,
@@ -249,6 +250,8 @@ def build_config(settings: dict, work_dir: str) -> Config:
     cfg.custom_hooks = [
         dict(type='NormalizationMonitorHook', interval=max(iters // 10, 1))
     ]
+    if settings['scheduled']:
+        cfg.custom_hooks.append(dict(type='UpdateRateHook'))
     cfg.launcher = 'pytorch' if settings['processes'] > 1 else 'none'
     if settings['sync'] == 'estimates':
         cfg.custom_hooks.append(dict(type='SyncEstimatesHook'))
