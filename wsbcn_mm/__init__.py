@@ -11,7 +11,6 @@ from .converted_model import converted_model as _converted_model  # noqa: E402, 
 from .deploy import fold_for_inference  # noqa: E402
 from .engine import (  # noqa: E402
     SyncEstimatesHook,
-    UpdateRateHook,
     micro_batch_model,
     update_rate,
 )
@@ -41,7 +40,6 @@ __all__ = [
     'MABN',
     'SyncBCN',
     'SyncEstimatesHook',
-    'UpdateRateHook',
     '__version__',
     'convert_to_micro_batch',
     'fold_for_inference',

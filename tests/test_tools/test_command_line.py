@@ -11,7 +11,7 @@ import pytest
 from mmcv.cnn import build_norm_layer
 from mmengine.config import Config, ConfigDict
 
-from wsbcn_mm import SyncEstimatesHook, UpdateRateHook
+from wsbcn_mm import SyncEstimatesHook
 from wsbcn_mm.engine import command_line
 from wsbcn_mm.engine.command_line import (
     UsageError,
@@ -306,8 +306,6 @@ def test_rate_for_other_images_is_a_warning(monkeypatch):
     norm = dict(type='BCN', momentum=0.00125, momentum_annealing=True)
     check_update_rate(FakeRunner(norm))
     check_update_rate(FakeRunner(norm, train_dataloader=dict()))
-    fast = dict(norm, momentum=0.5 / 16)
-    check_update_rate(FakeRunner(fast, hooks=[UpdateRateHook()]))
     assert not told
     check_update_rate(FakeRunner(dict(norm, momentum=0.000625)))
     check_update_rate(

@@ -9,10 +9,11 @@ import types
 import pytest
 import torch
 from mmcv.cnn import build_conv_layer, build_norm_layer
+from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 from torch import nn
 
-import wsbcn_mm  # noqa: F401
+from wsbcn_mm import BCN
 from wsbcn_mm.engine.checkpoint import read_checkpoint
 
 STUDY = osp.join(osp.dirname(__file__), '..', '..', 'tools', 'study')
@@ -359,6 +360,22 @@ def test_classification_measures_without_disturbing(tmp_path):
         assert other['test_loss'] == plain['test_loss']
 
 
+def test_a_scheduled_rate_follows_the_learning_rate():
+    pytest.importorskip('mmpretrain')
+    from study.tasks import classification
+
+    cell = {**SETTINGS, 'update_rate': 0.5, 'scheduled': True}
+    rates = []
+
+    def watch(step, model, images, labels):
+        rates.append({m.momentum for m in model.modules() if type(m) is BCN})
+
+    classification.run(cell, watch)
+    expected = [0.5 * classification.schedule(i, cell) for i in range(6)]
+    assert [r for (r,) in rates] == pytest.approx(expected)
+    assert expected[0] == 0.25 and expected[1] > 0.45 > 0.1 > expected[5]
+
+
 TINY = """
 task = 'classification'
 common = dict({settings})
@@ -545,6 +562,33 @@ def test_a_step_in_one_pass_equals_accumulated_images(
     torch.testing.assert_close(once, accumulated, rtol=1e-2, atol=2e-3)
     for name in ('backbone.conv1.weight', 'decode_head.conv_seg.weight'):
         assert (once[name] - start[name]).abs().max() > 1e-2
+
+
+@pytest.mark.slow
+def test_a_scheduled_rate_in_a_segmentation(tmp_path, monkeypatch):
+    pytest.importorskip('mmseg')
+    from study.tasks import openmmlab
+
+    monkeypatch.chdir(tmp_path)
+    grid = Grid(osp.join(STUDY, 'grids', 'segmentation_sgd.py'))
+    cell = {**openmmlab.DEFAULTS, **grid.cells[0], **MINIATURE}
+    cell.update(steps=6, pretrained=False, update_rate=0.5, scheduled=True)
+    openmmlab.prepare([cell])
+    runner = openmmlab.build_training(cell, str(tmp_path / 'work'))
+    norms = [m for m in runner.model.modules() if isinstance(m, BCN)]
+    seen = []
+
+    class Watch(Hook):
+        def after_train_iter(self, runner, *args, **kwargs):
+            (rate,) = {norm.momentum for norm in norms}
+            lr = runner.optim_wrapper.param_groups[0]['lr']
+            seen.append((rate, 0.5 * lr / cell['lr']))
+
+    runner.register_hook(Watch(), priority='VERY_HIGH')
+    runner.train()
+    rates, expected = zip(*seen)
+    assert rates == pytest.approx(expected)
+    assert len(set(expected)) > 3 and max(expected) <= 0.5
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ from .hooks import (
     ExactResumeHook,
     NormalizationMonitorHook,
     SyncEstimatesHook,
-    UpdateRateHook,
     calibrate,
 )
 from .update_rate import update_rate
@@ -16,7 +15,6 @@ __all__ = [
     'ExactResumeHook',
     'NormalizationMonitorHook',
     'SyncEstimatesHook',
-    'UpdateRateHook',
     'calibrate',
     'micro_batch_model',
     'update_rate',

@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 
 from .config import may_exist
 from .dataset_files import Missing, missing_files
-from .hooks import SyncEstimatesHook, UpdateRateHook
+from .hooks import SyncEstimatesHook
 from .update_rate import rate_contradiction
 
 # default_scope of a config: what to install
@@ -132,9 +132,6 @@ def check_update_rate(runner: Runner) -> None:
     batch_size = (runner.cfg.get('train_dataloader') or {}).get('batch_size')
     # A batch sampler has its own; a FlexibleRunner no model so early.
     if batch_size is None or not isinstance(runner.model, torch.nn.Module):
-        return
-    # With this the rate is another by intention.
-    if any(isinstance(hook, UpdateRateHook) for hook in runner.hooks):
         return
     contradiction = rate_contradiction(
         runner.model,

@@ -5,9 +5,8 @@ common = dict(zoo_optimizer=True)
 bcn = dict(method='BCN+WS', images=1)
 blocks = [
     dict(bcn, update_rate=[0.0006, 0.00625, 0.03]),
-    dict(bcn, update_rate=0.03, scheduled=True),  # follows the learning rate
     dict(method='GN+WS', images=1),
 ]
-tune = dict(lr=[0.02, 0.06, 0.1])
+tune = dict(lr=[0.02, 0.06])
 
-report = dict(rows=['method', 'update_rate', 'scheduled'])
+report = dict(rows=['method', 'update_rate'])

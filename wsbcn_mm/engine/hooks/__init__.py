@@ -7,7 +7,6 @@ from .normalization_monitor import (
     NormalizationMonitorHook,
 )
 from .sync_estimates_hook import SyncEstimatesHook
-from .update_rate_hook import UpdateRateHook
 
 __all__ = [
     'CalibrateEstimatesHook',
@@ -15,6 +14,5 @@ __all__ = [
     'NormalizationMonitor',
     'NormalizationMonitorHook',
     'SyncEstimatesHook',
-    'UpdateRateHook',
     'calibrate',
 ]

@@ -82,13 +82,6 @@ def schedule(step: int, settings: dict) -> float:
     return warmup * 0.5 * (1 + math.cos(math.pi * step / settings['steps']))
 
 
-def set_update_rate(model: nn.Module, rate: float) -> None:
-    """Let BCN's estimates move by ``rate`` from here on."""
-    for module in model.modules():
-        if isinstance(module, BCN):
-            module.momentum = rate
-
-
 def training_data(settings: dict, device: torch.device):
     """Batches of one pass over as many new scenes as steps ask for."""
     images, labels = scenes(
@@ -181,6 +174,11 @@ def run(settings: dict, on_step: Optional[Callable] = None) -> dict:
         momentum=0.9,
         weight_decay=settings['weight_decay'],
     )
+    rates = {  # of the layers whose estimates follow the schedule
+        layer: layer.momentum
+        for layer in model.modules()
+        if isinstance(layer, BCN) and settings['scheduled']
+    }
     model.train()
     monitor, seen = NormalizationMonitor(model), []
     losses = []
@@ -188,8 +186,8 @@ def run(settings: dict, on_step: Optional[Callable] = None) -> dict:
         share = schedule(step, settings)
         for group in optimizer.param_groups:
             group['lr'] = settings['lr'] * share
-        if settings['scheduled']:
-            set_update_rate(model, settings['update_rate'] * share)
+        for layer, rate in rates.items():
+            layer.momentum = rate * share
         if on_step is not None:
             on_step(step, model, images, labels)
         watched = settings['monitor'] and step % settings['monitor'] == 0

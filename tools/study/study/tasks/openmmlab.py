@@ -250,8 +250,6 @@ def build_config(settings: dict, work_dir: str) -> Config:
     cfg.custom_hooks = [
         dict(type='NormalizationMonitorHook', interval=max(iters // 10, 1))
     ]
-    if settings['scheduled']:
-        cfg.custom_hooks.append(dict(type='UpdateRateHook'))
     cfg.launcher = 'pytorch' if settings['processes'] > 1 else 'none'
     if settings['sync'] == 'estimates':
         cfg.custom_hooks.append(dict(type='SyncEstimatesHook'))
@@ -318,6 +316,22 @@ def _train_as_one_of_several(
             json.dump(metrics, file)
 
 
+class _ScheduledRate(Hook):
+    """Let BCN's update rate follow the learning rate from its highest."""
+
+    def before_train(self, runner: Runner) -> None:
+        self.rates = {
+            layer: layer.momentum
+            for layer in runner.model.modules()
+            if isinstance(layer, BCN)
+        }
+
+    def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+        group = runner.optim_wrapper.param_groups[0]
+        for layer, rate in self.rates.items():
+            layer.momentum = rate * group['lr'] / group['initial_lr']
+
+
 def build_training(settings: dict, work_dir: str) -> Runner:
     """The Runner of one training, with what no config reaches."""
     runner = build_runner(build_config(settings, work_dir))
@@ -327,6 +341,8 @@ def build_training(settings: dict, work_dir: str) -> Runner:
         normalize_in_micro_batches(runner.model, settings['images'])
     if settings['fresh_estimates']:
         runner.register_hook(_FreshEstimates())
+    if settings['scheduled']:
+        runner.register_hook(_ScheduledRate())
     return runner
 
 
