@@ -1,4 +1,4 @@
-# segmentation_sgd.py at half the learning rate that BN was tuned to there, with
+# segmentation_sgd.py at half the learning rate that BN was tuned to there, at
 # which it fails for two seeds of three.
 _base_ = './segmentation_sgd.py'
 common = dict(lr=0.6)
