@@ -1,14 +1,8 @@
 # segmentation_separable_steps.py with the zoo's optimizer, SGD, instead of the
 # digits' AdamW: are BCN's estimates behind a batch's own statistics there too,
 # and which update rate do they need?
-_base_ = './segmentation.py'
-common = dict(
-    batch_size=16,
-    steps=200,
-    separable_ws=True,
-    zoo_optimizer=True,
-    one_pass=True,
-)
+_base_ = './segmentation_rate_steps.py'
+common = dict(separable_ws=True, zoo_optimizer=True, one_pass=True)
 bcn = dict(method='BCN+WS', images=1)
 blocks = [
     dict(bcn, update_rate=[0.0006, 0.00625, 0.03]),
