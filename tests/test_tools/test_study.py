@@ -222,6 +222,16 @@ def test_table_of_each_seed(grid, fake_task, tmp_path):
     assert results.summarized(spec) == 'each seed'
 
 
+def test_plotted_spans():
+    summary = results.score(
+        [dict(result=dict(m=v)) for v in (1.0, 2.0, 9.0)], 'm'
+    )
+    assert plots._span(summary, median=True) == [1.0, 2.0, 9.0]
+    low, middle, high = plots._span(summary, median=False)
+    assert middle == 4.0 and high - middle == pytest.approx(summary.half)
+    assert low == pytest.approx(4.0 - summary.half)
+
+
 def test_table_says_what_is_missing(grid, fake_task, tmp_path):
     store = Store(str(tmp_path / 'cells'))
     complete(grid, store)
@@ -355,6 +365,9 @@ def test_classification_measures_without_disturbing(tmp_path):
     measured = smoothness.run({**SETTINGS, 'every': 3})
     assert [c['step'] for c in measured['curves']] == [0, 3]
     assert measured['lipschitz'] > 0 and measured['loss_range'] > 0
+    clipped = classification.run({**SETTINGS, 'clip_grad': 1e-6})
+    assert clipped['loss'][0] == plain['loss'][0]  # before the first step
+    assert clipped['loss'][-1] != pytest.approx(plain['loss'][-1], rel=0.01)
     for other in (watched, measured):  # to the last digit
         assert other['loss'] == plain['loss']
         assert other['test_loss'] == plain['test_loss']

@@ -4,10 +4,8 @@
 _base_ = './detection.py'
 common = dict(steps=250, num_val=20, lr=1e-3)
 blocks = [
-    dict(
-        method=['GN', 'GN+WN', 'GN+CWN', 'GN+WS', 'BCN+WN', 'BCN+WS'],
-        images=1,
-    ),
+    dict(method=['GN', 'GN+WN', 'GN+CWN', 'GN+WS'], images=1),
+    dict(method=['BCN+WN', 'BCN+WS'], images=1, update_rate=0.00625),
 ]
 tune = None
 

@@ -1,25 +1,25 @@
 # BCN's other choices, one at a time, at one image and at 32.
 task = 'classification'
 common = dict(steps=300, batch_size=32, variation=0.5, lr=0.1)
-images = [1, 32]
-blocks = [
-    dict(method='BCN+WS', num_groups=[1, 2, 4, 8, 16], images=images),
-    dict(method='GN+WS', num_groups=[1, 2, 4, 8, 16], images=32),
-    dict(
-        method='BCN+WS',
-        num_groups=[1, 8],
-        channel_affine='channel',
-        images=images,
-    ),
-    dict(method='BCN', num_groups=[2, 8], images=images),
-    dict(method='BCN+WS', num_groups=8, zero_init=True, images=images),
+bcn = [
+    dict(method='BCN+WS', num_groups=[1, 2, 4, 8, 16]),
+    dict(method='BCN+WS', num_groups=[1, 8], channel_affine='channel'),
+    dict(method='BCN', num_groups=[2, 8]),
+    dict(method='BCN+WS', num_groups=8, zero_init=True),
     dict(
         method='BCN+WS',
         num_groups=8,
         channel_affine='channel',
         zero_init=True,
-        images=images,
     ),
+]
+blocks = [
+    dict(choice, images=images, update_rate=0.1 * images / 32, annealing=False)
+    for choice in bcn
+    for images in (1, 32)
+]
+blocks += [
+    dict(method='GN+WS', num_groups=[1, 2, 4, 8, 16], images=32),
     dict(method=['BN', 'GN+WS'], num_groups=8, zero_init=True, images=32),
 ]
 seeds = [0, 1, 2]

@@ -11,11 +11,18 @@ common = dict(
     spread=0.5,
 )
 blocks = [
-    dict(method=['BN', 'GN', 'GN+WS', 'BCN+WS', 'MABN+CenConv'], images=1),
-    dict(method=['BN', 'BCN+WS'], images=2),
+    dict(method=['BN', 'GN', 'GN+WS'], images=1),
+    dict(method='BCN+WS', images=1, update_rate=0.00625),
+    dict(method='MABN+CenConv', images=1),
+    dict(method='BN', images=2),
+    dict(method='BCN+WS', images=2, update_rate=0.0125),
 ]
 seeds = [0, 1, 2]
-tune = dict(lr=[3e-4, 1e-3, 3e-3], seeds=[100], at=dict(images={2: 1}))
+tune = dict(
+    lr=[3e-4, 1e-3, 3e-3],
+    seeds=[100],
+    at=dict(images={2: 1}, update_rate={0.0125: 0.00625}),
+)
 
 report = dict(
     metric='segm_mAP',

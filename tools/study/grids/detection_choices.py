@@ -1,7 +1,7 @@
 # The output affine and the update rate in detection_pretrained.py, whose BCN
 # has an affine per group and r = 0.00625.
 _base_ = './detection_pretrained.py'
-bcn = dict(method='BCN+WS', images=1, lr=3e-3)
+bcn = dict(method='BCN+WS', images=1, lr=3e-3, update_rate=0.00625)
 blocks = [
     bcn,
     dict(bcn, channel_affine='channel'),

@@ -1,12 +1,13 @@
-# detection_pretrained.py with the optimizer of the zoo's schedules (SGD, the
-# digits have AdamW): which update rate do BCN's estimates need there?
+# detection_pretrained.py with the optimizer of the zoo's schedules, SGD,
+# instead of the digits' AdamW.
 _base_ = './detection_pretrained.py'
 common = dict(zoo_optimizer=True)
-bcn = dict(method='BCN+WS', images=1)
 blocks = [
-    dict(bcn, update_rate=[0.0006, 0.00625, 0.03]),
-    dict(method='GN+WS', images=1),
+    dict(method=['BN-frozen', 'BN', 'GN', 'GN+WS', 'MABN+CenConv'], images=1),
+    dict(method='BCN+WS', images=1, update_rate=[0.0006, 0.00625]),
+    dict(method='BN', images=2),
+    dict(method='BCN+WS', images=2, update_rate=0.00125),
 ]
-tune = dict(lr=[0.02, 0.06])
+tune = dict(lr=[0.02, 0.06, 0.12], at=dict(update_rate={0.00125: 0.0006}))
 
 report = dict(rows=['method', 'update_rate'])

@@ -8,10 +8,10 @@ common = dict(
 )
 method = ['BCN+WS', 'BCN']
 blocks = [
-    dict(variant='never', update_rate=0.0, method=method),
-    dict(variant='plain', method=method),
+    dict(variant='never', update_rate=0.0, annealing=False, method=method),
+    dict(variant='plain', annealing=False, method=method),
     dict(variant='annealed', annealing=True, method=method),
-    dict(variant='average', average=True, method=method),
+    dict(variant='average', average=True, annealing=False, method=method),
 ]
 seeds = [0, 1, 2]
 

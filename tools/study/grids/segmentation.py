@@ -10,10 +10,9 @@ common = dict(
     pretrained=True,
 )
 blocks = [
-    dict(
-        method=['BN', 'GN', 'GN+WS', 'BCN+WS', 'MABN+CenConv'],
-        images=1,
-    ),
+    dict(method=['BN', 'GN', 'GN+WS'], images=1),
+    dict(method='BCN+WS', images=1, update_rate=0.00625),
+    dict(method='MABN+CenConv', images=1),
     dict(method='BN', images=2),
 ]
 seeds = [0, 1, 2]

@@ -1,7 +1,7 @@
 # What makes BCN's difference in segmentation.py: the output affine, the update
 # rate, or the image pooling, whose map has one position per image?
 _base_ = './segmentation.py'
-bcn = dict(method='BCN+WS', images=1, lr=3e-3)
+bcn = dict(method='BCN+WS', images=1, lr=3e-3, update_rate=0.00625)
 blocks = [
     bcn,
     dict(bcn, image_pool='GN'),

@@ -3,8 +3,8 @@
 _base_ = './segmentation.py'
 common = dict(steps=1200, lr=3e-3)
 blocks = [
-    dict(method='BCN+WS', images=1, update_rate=0.0006),
-    dict(method=['BCN+WS', 'GN+WS'], images=1),
+    dict(method='BCN+WS', images=1, update_rate=[0.0006, 0.00625]),
+    dict(method='GN+WS', images=1),
     dict(method='BN', images=2),
     dict(method='MABN+CenConv', images=1),
     dict(method='BCN+WS', images=1, update_rate=0.0006, image_pool='GN'),

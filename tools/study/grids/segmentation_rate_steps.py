@@ -5,8 +5,7 @@ _base_ = './segmentation.py'
 common = dict(batch_size=16, steps=200)
 bcn = dict(method='BCN+WS', images=1)
 blocks = [
-    dict(bcn, update_rate=0.0006),
-    bcn,
+    dict(bcn, update_rate=[0.0006, 0.00625]),
     dict(method='GN+WS', images=1),
     dict(method='BN', images=16),
 ]

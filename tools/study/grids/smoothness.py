@@ -3,7 +3,10 @@ task = 'smoothness'
 common = dict(
     steps=300, batch_size=32, num_groups=8, variation=0.5, every=15, lr=0.1
 )
-blocks = [dict(method=['BN', 'BN+WS', 'GN', 'GN+WS', 'BCN+WS'], images=32)]
+blocks = [
+    dict(method=['BN', 'BN+WS', 'GN', 'GN+WS'], images=32),
+    dict(method='BCN+WS', annealing=False, images=32),
+]
 seeds = [0, 1, 2]
 
 report = dict(

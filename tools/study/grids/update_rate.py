@@ -8,6 +8,7 @@ common = dict(
     num_groups=8,
     variation=0.5,
     lr=0.1,
+    annealing=False,
 )
 blocks = [
     dict(

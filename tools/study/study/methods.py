@@ -25,10 +25,8 @@ def method_cfg(
         images (int): Images per normalization batch.
         batch_size (int): Images per optimizer step.
         num_groups (int): Of GN, BCN and BGN. Default: 32
-        update_rate (float | None): BCN's r. Default: None, for
-            ``0.1 * images / max(batch_size, 16)``, the rate of BN's running
-            averages where a batch has 16 images. The package proposes a tenth
-            of it, because of what this study found.
+        update_rate (float | None): BCN's r. Default: None, for what the
+            package proposes.
         channel_affine (str), momentum_annealing (bool): BCN's.
     """
     norm, _, conv = method.partition('+')
@@ -58,8 +56,7 @@ def method_cfg(
         )
     norm_cfg = with_rate(norms[norm], images, batch_size)
     if norm in ('BCN', 'BCN-large'):
-        if update_rate is None:
-            update_rate = 0.1 * images / max(batch_size, 16)
-        norm_cfg['momentum'] = update_rate
+        if update_rate is not None:
+            norm_cfg['momentum'] = update_rate
         norm_cfg['momentum_annealing'] = momentum_annealing
     return norm_cfg, convs[conv]

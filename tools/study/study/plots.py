@@ -1,5 +1,6 @@
 """The plots of a grid's results."""
 
+import statistics
 from typing import List
 
 import matplotlib
@@ -8,7 +9,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import LogLocator  # noqa: E402
 
-from .results import by_cell, row_name, score  # noqa: E402
+from .results import Score, by_cell, row_name, score  # noqa: E402
 
 COLORS = [f'C{i}' for i in range(10)]
 MARKERS = 'osD^vPX*<>'
@@ -17,6 +18,8 @@ MARKERS = 'osD^vPX*<>'
 def plot_scores(results: dict, report: dict, rows: List[str], path: str):
     """A line for each row of the table over its columns.
 
+    Means with their intervals, or, where some trainings collapse and
+    ``report['median']`` is set, medians with the least and the greatest.
     Rows named in ``report['everywhere']`` do not depend on the columns, and
     are drawn through all of them.
     """
@@ -24,7 +27,7 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
     columns = sorted({c for row in cells.values() for c in row})
     figure, axes = plt.subplots(figsize=(8, 4.4))
     error = report.get('error', False)
-    means = []
+    middles = []
     for i, (row, found) in enumerate(cells.items()):
         points = [
             (column, score(found[column], report['metric']))
@@ -36,14 +39,15 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
             continue
         name, color = row_name(rows, row), COLORS[i % 10]
         x = [c for c, _ in points]
-        y = [100 - s.mean if error else s.mean for _, s in points]
-        half = [s.half or 0 for _, s in points]
-        means += y
+        spans = [_span(s, report.get('median', False)) for _, s in points]
+        if error:
+            spans = [[100 - v for v in reversed(span)] for span in spans]
+        y = [middle for _, middle, _ in spans]
+        middles += y
         if name in report.get('everywhere', ()):
-            axes.axhline(y[0], color=color, linestyle='--', label=name)
-            axes.axhspan(
-                y[0] - half[0], y[0] + half[0], color=color, alpha=0.1, lw=0
-            )
+            low, middle, high = spans[0]
+            axes.axhline(middle, color=color, linestyle='--', label=name)
+            axes.axhspan(low, high, color=color, alpha=0.1, lw=0)
             continue
         style = dict(label=name, color=color, marker=MARKERS[i % 10])
         if report.get('each_seed'):  # beside each other, unlike a mean
@@ -54,7 +58,8 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
             ]
             axes.plot(*zip(*dots), linestyle='', alpha=0.8, **style)
             continue
-        axes.errorbar(x, y, half, capsize=3, **style)
+        bars = [(m - low, high - m) for low, m, high in spans]
+        axes.errorbar(x, y, list(zip(*bars)), capsize=3, **style)
     if _powers_of_two(columns):
         axes.set_xscale('log', base=2)
         axes.set_xticks(columns, [f'{c:g}' for c in columns])
@@ -68,12 +73,21 @@ def plot_scores(results: dict, report: dict, rows: List[str], path: str):
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axes.yaxis.set_minor_formatter('{x:g}')
         # An interval of a collapsed run may reach anywhere.
-        axes.set_ylim(0.7 * min(means), 1.4 * max(means))
+        axes.set_ylim(0.7 * min(middles), 1.4 * max(middles))
     axes.set_xlabel(report['columns_name'])
     axes.grid(alpha=0.3, which='both')
     # Beside the axes, where it hides nothing.
     axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     _save(figure, path)
+
+
+def _span(summary: Score, median: bool) -> List[float]:
+    """Where a bar begins, its point, and where it ends."""
+    if median:
+        values = summary.values
+        return [min(values), statistics.median(values), max(values)]
+    half = summary.half or 0
+    return [summary.mean - half, summary.mean, summary.mean + half]
 
 
 def plot_curves(results: dict, report: dict, rows: List[str], path: str):

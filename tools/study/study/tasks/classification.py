@@ -9,13 +9,14 @@ import torch
 from mmengine.logging import MMLogger
 from mmpretrain.registry import MODELS
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
-from wsbcn_mm import BCN
 from wsbcn_mm.engine.hooks import NormalizationMonitor
 
 from ..methods import method_cfg
 from ..micro_batches import normalize_in_micro_batches
 from ..scenes import scenes
+from ..scheduled_rates import ScheduledRates
 
 DEFAULTS = dict(
     batch_size=32,
@@ -23,10 +24,11 @@ DEFAULTS = dict(
     warmup=20,
     num_groups=8,
     update_rate=None,
-    annealing=False,
+    annealing=True,
     scheduled=False,
     channel_affine='group',
     weight_decay=1e-4,
+    clip_grad=None,
     variation=1.0,
     width=16,
     zero_init=False,
@@ -174,11 +176,7 @@ def run(settings: dict, on_step: Optional[Callable] = None) -> dict:
         momentum=0.9,
         weight_decay=settings['weight_decay'],
     )
-    rates = {  # of the layers whose estimates follow the schedule
-        layer: layer.momentum
-        for layer in model.modules()
-        if isinstance(layer, BCN) and settings['scheduled']
-    }
+    rates = ScheduledRates(model) if settings['scheduled'] else None
     model.train()
     monitor, seen = NormalizationMonitor(model), []
     losses = []
@@ -186,8 +184,8 @@ def run(settings: dict, on_step: Optional[Callable] = None) -> dict:
         share = schedule(step, settings)
         for group in optimizer.param_groups:
             group['lr'] = settings['lr'] * share
-        for layer, rate in rates.items():
-            layer.momentum = rate * share
+        if rates is not None:
+            rates.set(share)
         if on_step is not None:
             on_step(step, model, images, labels)
         watched = settings['monitor'] and step % settings['monitor'] == 0
@@ -197,6 +195,8 @@ def run(settings: dict, on_step: Optional[Callable] = None) -> dict:
             seen.append(dict(step=step, **_summary(monitor)))
         optimizer.zero_grad()
         loss.backward()
+        if settings['clip_grad'] is not None:
+            clip_grad_norm_(model.parameters(), settings['clip_grad'])
         optimizer.step()
         losses.append(loss.detach())
     losses = torch.stack(losses)

@@ -44,6 +44,7 @@ from wsbcn_mm.engine.command_line import build_runner
 
 from ..methods import method_cfg
 from ..micro_batches import normalize_in_micro_batches
+from ..scheduled_rates import ScheduledRates
 
 ROOT = osp.join(osp.dirname(osp.abspath(__file__)), *4 * [osp.pardir])
 CONVERTERS = osp.join(ROOT, 'tools', 'dataset_converters')
@@ -138,6 +139,7 @@ def _train_classifier(settings: dict) -> None:
         images=cfg.train_dataloader.batch_size,
         batch_size=cfg.train_dataloader.batch_size,
         num_groups=settings['num_groups'],
+        update_rate=0.1,  # BN's: all results start from what it gave
     )
     cfg.model = micro_batch_model(
         cfg.model, norm_cfg, conv_cfg or dict(type='Conv2d'), pretrained=False
@@ -320,16 +322,11 @@ class _ScheduledRate(Hook):
     """Let BCN's update rate follow the learning rate from its highest."""
 
     def before_train(self, runner: Runner) -> None:
-        self.rates = {
-            layer: layer.momentum
-            for layer in runner.model.modules()
-            if isinstance(layer, BCN)
-        }
+        self.rates = ScheduledRates(runner.model)
 
     def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
         group = runner.optim_wrapper.param_groups[0]
-        for layer, rate in self.rates.items():
-            layer.momentum = rate * group['lr'] / group['initial_lr']
+        self.rates.set(group['lr'] / group['initial_lr'])
 
 
 def build_training(settings: dict, work_dir: str) -> Runner:

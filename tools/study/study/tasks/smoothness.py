@@ -66,7 +66,7 @@ def smoothness(model: nn.Module, images, labels, lr: float) -> dict:
 
 def _gradient(model, parameters: List[Tensor], images, labels):
     loss = classification.loss_of(model, images, labels)
-    return float(loss), torch.autograd.grad(loss, parameters)
+    return float(loss.detach()), torch.autograd.grad(loss, parameters)
 
 
 def _norm(tensors) -> float:
