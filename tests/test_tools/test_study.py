@@ -15,6 +15,7 @@ from torch import nn
 
 from wsbcn_mm import BCN
 from wsbcn_mm.engine.checkpoint import read_checkpoint
+from wsbcn_mm.engine.command_line import UsageError
 
 STUDY = osp.join(osp.dirname(__file__), '..', '..', 'tools', 'study')
 sys.path.insert(0, STUDY)
@@ -251,11 +252,11 @@ def test_interval_is_students():
 
 
 def test_grid_file_errors_name_the_problem(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no grid file'):
+    with pytest.raises(UsageError, match='no grid file'):
         Grid(str(tmp_path / 'none.py'))
     path = tmp_path / 'empty.py'
     path.write_text('seeds = [0]')
-    with pytest.raises(KeyError, match='does not set blocks, report, task'):
+    with pytest.raises(UsageError, match='does not set blocks, report, task'):
         Grid(str(path))
 
 

@@ -14,6 +14,8 @@ import os.path as osp
 from study import plots, results
 from study.cells import Grid, Store
 
+from wsbcn_mm.engine.command_line import UsageError, run
+
 
 def parse_args():
     parser = argparse.ArgumentParser(
@@ -41,8 +43,8 @@ def report(path: str, work_dir: str, out: str) -> str:
     kept = results.load(f'{file}.json')
     found = results.collect(grid, Store(work_dir), kept)
     if not found['runs'] and not found['tuning']:
-        raise SystemExit(
-            f'error: nothing of {path} was run: no record in {work_dir!r}, '
+        raise UsageError(
+            f'nothing of {path} was run: no record in {work_dir!r}, '
             f'no {file}.json.'
         )
     os.makedirs(out, exist_ok=True)
@@ -77,4 +79,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -14,6 +14,8 @@ from study import results
 from study.cells import Grid, Store
 from study.runs import run_cells
 
+from wsbcn_mm.engine.command_line import run
+
 
 def parse_args():
     parser = argparse.ArgumentParser(
@@ -78,4 +80,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

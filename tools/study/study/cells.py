@@ -14,6 +14,8 @@ from typing import Dict, List, Optional
 
 from mmengine.config import Config
 
+from wsbcn_mm.engine.command_line import UsageError
+
 # Settings that name a cell's file, before the digest of all of them.
 NAMING = ('method', 'images', 'lr', 'seed')
 
@@ -40,11 +42,11 @@ class Grid:
 
     def __init__(self, path: str):
         if not osp.isfile(path):
-            raise FileNotFoundError(f'There is no grid file {path!r}.')
+            raise UsageError(f'no grid file {path!r}.')
         config = Config.fromfile(path)
         missing = {'task', 'blocks', 'seeds', 'report'} - set(config.keys())
         if missing:
-            raise KeyError(
+            raise UsageError(
                 f'{path} does not set {", ".join(sorted(missing))}: a grid '
                 'file sets task, blocks, seeds and report.'
             )
