@@ -178,6 +178,20 @@ def test_a_stopped_grid_loses_no_finished_cell(grid, fake_task, tmp_path):
     assert len(fake_task) == total + 1
 
 
+def test_a_diverged_training_is_kept_as_json(tmp_path, monkeypatch):
+    from study.runs import run_cell
+
+    module = types.ModuleType('study.tasks.diverging')
+    nan, inf = float('nan'), float('inf')
+    module.run = lambda settings: dict(loss=[1.0, nan], other=dict(x=inf))
+    monkeypatch.setitem(sys.modules, 'study.tasks.diverging', module)
+    cell = dict(task='diverging', seed=0)
+    run_cell(cell, str(tmp_path))
+    with open(Store(str(tmp_path)).path(cell)) as f:
+        record = json.load(f, parse_constant=pytest.fail)
+    assert record['result'] == dict(loss=[1.0, None], other=dict(x=None))
+
+
 def test_results_keep_what_a_number_depends_on(grid, fake_task, tmp_path):
     store = Store(str(tmp_path / 'cells'))
     complete(grid, store)

@@ -8,6 +8,9 @@ blocks = [
     dict(method='BN', images=2),
     dict(method='BCN+WS', images=2, update_rate=0.00125),
 ]
-tune = dict(lr=[0.02, 0.06, 0.12], at=dict(update_rate={0.00125: 0.0006}))
+tune = dict(
+    lr=[0.02, 0.035, 0.06, 0.12],
+    at=dict(update_rate={0.00125: 0.0006}),
+)
 
 report = dict(rows=['method', 'update_rate'])

@@ -1,6 +1,7 @@
 """Run cells in parallel processes, with progress."""
 
 import importlib
+import math
 import multiprocessing
 import time
 import traceback
@@ -27,7 +28,7 @@ def run_cell(settings: dict, folder: str) -> dict:
     record = dict(settings=settings)
     start = time.time()
     try:
-        record['result'] = task.run(settings)
+        record['result'] = _finite(task.run(settings))
     except Exception as error:  # a row of the table, not the grid's end
         record['error'] = f'{type(error).__name__}: {error}'
         record['traceback'] = traceback.format_exc()
@@ -35,6 +36,17 @@ def run_cell(settings: dict, folder: str) -> dict:
     record['environment'] = environment()
     Store(folder).write(record)
     return record
+
+
+def _finite(result):
+    """The same with None for NaN and infinity, which are no JSON."""
+    if isinstance(result, dict):
+        return {key: _finite(value) for key, value in result.items()}
+    if isinstance(result, list):
+        return [_finite(value) for value in result]
+    if isinstance(result, float) and not math.isfinite(result):
+        return None
+    return result
 
 
 def run_cells(

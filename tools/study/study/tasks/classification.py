@@ -212,11 +212,8 @@ def run(settings: dict, on_step: Optional[Callable] = None) -> dict:
         model, settings, device
     ):
         result['accuracy_precise'] = evaluate(model, *test)['accuracy']
-    # Means over tenths of the training; NaN is no JSON.
-    curve = [float(part.mean()) for part in losses.chunk(10)]
-    result['loss'] = [c if math.isfinite(c) else None for c in curve]
+    # Means over tenths of the training.
+    result['loss'] = [float(part.mean()) for part in losses.chunk(10)]
     if seen:
         result['curves'] = seen
-    if not math.isfinite(result['test_loss']):
-        result['test_loss'] = None
     return result

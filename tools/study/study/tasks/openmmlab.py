@@ -353,6 +353,8 @@ def _train(settings: dict) -> dict:
         for name, history in scalars.items()
         if name.startswith('val/') and 'time' not in name
     }
+    if not metrics:  # MMDetection has none without a prediction
+        raise RuntimeError('The training diverged: nothing is predicted.')
     for name in ('norm_off', 'norm_distance'):
         if f'train/{name}' in scalars:
             metrics[name] = float(scalars[f'train/{name}'].current())
