@@ -564,7 +564,7 @@ def test_a_step_in_one_pass_equals_accumulated_images(
     from study.tasks import openmmlab
 
     monkeypatch.chdir(tmp_path)
-    grid = Grid(osp.join(STUDY, 'grids', 'segmentation_sgd.py'))
+    grid = Grid(osp.join(STUDY, 'grids', 'segmentation_sgd_rate.py'))
     cell = {**openmmlab.DEFAULTS, **grid.cells[0], **MINIATURE}
     cell.update(method=method, steps=2, pretrained=False, lr=0.05)
     openmmlab.prepare([cell])
@@ -598,7 +598,7 @@ def test_a_scheduled_rate_in_a_segmentation(tmp_path, monkeypatch):
     from study.tasks import openmmlab
 
     monkeypatch.chdir(tmp_path)
-    grid = Grid(osp.join(STUDY, 'grids', 'segmentation_sgd.py'))
+    grid = Grid(osp.join(STUDY, 'grids', 'segmentation_sgd_rate.py'))
     cell = {**openmmlab.DEFAULTS, **grid.cells[0], **MINIATURE}
     cell.update(steps=6, pretrained=False, update_rate=0.5, scheduled=True)
     openmmlab.prepare([cell])

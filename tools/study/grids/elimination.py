@@ -6,7 +6,8 @@ common = dict(
     steps=300, batch_size=32, num_groups=8, variation=0.5, monitor=15
 )
 blocks = [
-    dict(method=['GN', 'GN+WS', 'BCN+WS', 'BCN'], images=1, lr=0.1),
+    dict(method=['GN', 'GN+WS'], images=1, lr=0.1),
+    dict(method=['BCN+WS', 'BCN'], images=1, lr=0.1, annealing=False),
     dict(method='BN', images=32, lr=0.1),
 ]
 seeds = [0, 1, 2]

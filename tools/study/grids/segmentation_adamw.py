@@ -1,6 +1,7 @@
-# segmentation_sgd.py with the digits' AdamW: update rates at the learning rate
-# that was found in segmentation_separable_steps.py, and one that follows it.
-_base_ = './segmentation_sgd.py'
+# segmentation_sgd_rate.py with the digits' AdamW: update rates at the learning
+# rate that was found in segmentation_separable_steps.py, and one that follows
+# it.
+_base_ = './segmentation_sgd_rate.py'
 common = dict(zoo_optimizer=False, lr=1.8e-2)
 bcn = dict(method='BCN+WS', images=1)
 blocks = [

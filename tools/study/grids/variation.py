@@ -5,7 +5,8 @@ common = dict(steps=300, batch_size=32, num_groups=8)
 variation = [0.0, 0.5, 1.0]
 blocks = [
     dict(method=['BN', 'GN', 'GN+WS'], images=32, variation=variation),
-    dict(method=['BN', 'BCN+WS'], images=1, variation=variation),
+    dict(method='BN', images=1, variation=variation),
+    dict(method='BCN+WS', images=1, variation=variation, annealing=False),
 ]
 seeds = [0, 1, 2]
 tune = dict(
