@@ -235,6 +235,9 @@ def test_table_of_each_seed(grid, fake_task, tmp_path):
     )
     plots.plot_scores(found, spec, ['method'], str(tmp_path / 'seeds.png'))
     assert results.summarized(spec) == 'each seed'
+    path = tmp_path / 'dots.png'
+    plots.plot_seeds(found, spec, ['method'], str(path))  # one that fails too
+    assert path.stat().st_size > 5000
 
 
 def test_plotted_spans():

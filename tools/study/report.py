@@ -65,7 +65,9 @@ def report(path: str, work_dir: str, out: str) -> str:
         f.write(text)
     if found['runs']:
         cells = results.by_cell(found, rows, spec['columns'])
-        if any(len(row) > 1 for row in cells.values()):  # a line to draw
+        if spec.get('dots'):
+            plots.plot_seeds(found, spec, rows, f'{file}.png')
+        elif any(len(row) > 1 for row in cells.values()):  # a line to draw
             plots.plot_scores(found, spec, rows, f'{file}.png')
         if 'curves' in spec:
             plots.plot_curves(found, spec, rows, f'{file}_curves.png')

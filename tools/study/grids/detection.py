@@ -29,6 +29,7 @@ report = dict(
     metric_name='mask AP',
     also=dict(bbox_mAP='box AP'),
     digits=3,
+    dots=True,
     rows='method',
     columns='images',
     columns_name='images per normalization batch',

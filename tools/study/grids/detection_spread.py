@@ -7,4 +7,8 @@ blocks = [
 ]
 tune = dict(at=dict(spread={1.0: 0.5}))
 
-report = dict(columns='spread', columns_name='spread of the scenes')
+report = dict(
+    dots=False,
+    columns='spread',
+    columns_name='spread of the scenes',
+)

@@ -12,4 +12,4 @@ blocks = [
 ]
 tune = dict(lr=[0.3, 0.6, 1.2, 2.4])
 
-report = dict(rows=['method', 'update_rate', 'scheduled'])
+report = dict(rows=['method', 'update_rate', 'scheduled'], dots=True)

@@ -90,6 +90,36 @@ def _span(summary: Score, median: bool) -> List[float]:
     return [summary.mean - half, summary.mean, summary.mean + half]
 
 
+def plot_seeds(results: dict, report: dict, rows: List[str], path: str):
+    """Each seed a dot and their mean a bar, a line for each cell."""
+    names = [*rows, report['columns']]
+    cells = _flat(results, names)
+    metrics = {report['metric']: report['metric_name']}
+    metrics.update(report.get('also', {}))
+    figure, panels = plt.subplots(
+        1,
+        len(metrics),
+        figsize=(3 + 3.2 * len(metrics), 0.9 + 0.3 * len(cells)),
+        sharey=True,
+        squeeze=False,
+    )
+    for axes, (metric, name) in zip(panels[0], metrics.items()):
+        for i, runs in enumerate(cells.values()):
+            summary, color = score(runs, metric), COLORS[i % 10]
+            if summary.mean is None:
+                where = axes.get_yaxis_transform()
+                axes.text(0.02, i, 'fails', transform=where, va='center')
+                continue
+            axes.plot(summary.values, [i] * len(summary.values), 'o', c=color)
+            axes.plot(summary.mean, i, '|', ms=16, mew=2, color=color)
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+    labels = [row_name(names, row) for row in cells]
+    panels[0][0].set_yticks(range(len(cells)), labels)
+    panels[0][0].set_ylim(len(cells) - 0.5, -0.5)
+    _save(figure, path)
+
+
 def plot_curves(results: dict, report: dict, rows: List[str], path: str):
     """What was measured during training: a panel a quantity, means."""
     keys = report['curves']
