@@ -213,14 +213,12 @@ def learning_rates(results: dict, report: dict, grid: Grid) -> str:
         '| --- | ---: |' + ' ---: |' * len(rates),
     ]
     for key, by_rate in found.items():
-        texts = [
-            _text(
-                score(by_rate.get(rate, []), report['metric']),
-                len(grid.tune['seeds']),
-                report,
-            )
+        # Means alone: an interval of two seeds says nothing.
+        means = [
+            score(by_rate.get(rate, []), report['metric'])._replace(half=None)
             for rate in rates
         ]
+        texts = [_text(m, len(grid.tune['seeds']), report) for m in means]
         lines.append(
             f'| {row_name(rows, key[:-1])} | {key[-1]:g} | '
             + ' | '.join(texts)
