@@ -284,6 +284,18 @@ def test_method_errors_list_the_methods():
         method_cfg('XN+WS', images=1, batch_size=32)
 
 
+def test_the_update_rate_is_the_packages_unless_given():
+    from study.methods import method_cfg
+
+    from wsbcn_mm import update_rate
+
+    counts = dict(images=2, batch_size=32)
+    bcn, conv = method_cfg('BCN+WS', **counts)
+    assert bcn['momentum'] == update_rate(2, 32) == 0.01 * 2 / 32
+    assert bcn['momentum_annealing'] and conv == dict(type='ConvWS')
+    assert method_cfg('BCN', update_rate=0.3, **counts)[0]['momentum'] == 0.3
+
+
 @pytest.mark.parametrize('name', sorted(os.listdir(osp.join(STUDY, 'grids'))))
 def test_grids_of_the_study_are_sound(name):
     from study.methods import method_cfg

@@ -5,6 +5,12 @@
 The records of run.py are added to resources/study/<grid>.json, from which
 all the rest is made. A grid that is not complete is reported as far as it
 goes, and says so.
+
+The grid file's report is a dict: rows and columns name settings, columns_name
+and metric_name what readers call them, metric and also what is shown, digits
+how precisely. each_seed shows seeds instead of means, in the plot median their
+median and dots each of them; everywhere are rows that columns do not change,
+error is 100 - metric, curves what was measured during training, log its axis.
 """
 
 import argparse
