@@ -1,4 +1,4 @@
-# segmentation_sgd_rate.py with four seeds to judge and two to choose between
+# segmentation_sgd_rate.py with five seeds to judge and two to choose between
 # the learning rates that were best there: at the higher some trainings fail.
 _base_ = './segmentation_sgd_rate.py'
 blocks = [
@@ -6,5 +6,5 @@ blocks = [
     dict(method='GN+WS', images=1),
     dict(method=['BN', 'BCN-large+WS'], images=16),
 ]
-seeds = [0, 1, 2, 3]
+seeds = [0, 1, 2, 3, 4]
 tune = dict(lr=[0.6, 1.2], seeds=[100, 101])
