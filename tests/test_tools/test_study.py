@@ -114,6 +114,12 @@ def grid(tmp_path):
     return Grid(str(path))
 
 
+def add_task(monkeypatch, name, run):
+    module = types.ModuleType(f'study.tasks.{name}')
+    module.run = run
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
 @pytest.fixture
 def fake_task(monkeypatch):
     """Scores best at a rate of 0.2; method C fails where it is reported."""
@@ -126,9 +132,7 @@ def fake_task(monkeypatch):
         score = settings['seed'] + 10 * settings['images']
         return dict(score=score - abs(settings['lr'] - 0.2))
 
-    module = types.ModuleType('study.tasks.fake')
-    module.run = run
-    monkeypatch.setitem(sys.modules, 'study.tasks.fake', module)
+    add_task(monkeypatch, 'fake', run)
     return ran
 
 
@@ -181,10 +185,9 @@ def test_a_stopped_grid_loses_no_finished_cell(grid, fake_task, tmp_path):
 def test_a_diverged_training_is_kept_as_json(tmp_path, monkeypatch):
     from study.runs import run_cell
 
-    module = types.ModuleType('study.tasks.diverging')
     nan, inf = float('nan'), float('inf')
-    module.run = lambda settings: dict(loss=[1.0, nan], other=dict(x=inf))
-    monkeypatch.setitem(sys.modules, 'study.tasks.diverging', module)
+    diverged = dict(loss=[1.0, nan], other=dict(x=inf))
+    add_task(monkeypatch, 'diverging', lambda settings: diverged)
     cell = dict(task='diverging', seed=0)
     run_cell(cell, str(tmp_path))
     with open(Store(str(tmp_path)).path(cell)) as f:

@@ -8,7 +8,4 @@ blocks = [
     dict(bcn, update_rate=[0.0006, 0.00625, 0.03]),
     dict(bcn, update_rate=0.03, scheduled=True),
 ]
-seeds = [0, 1, 2]
 tune = None
-
-report = dict(rows=['method', 'update_rate', 'scheduled'])
