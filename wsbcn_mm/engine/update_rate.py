@@ -31,8 +31,8 @@ def update_rate(images_per_gpu: int = 1, images_per_update: int = 16) -> float:
     normalizes with its estimates in both, so they may be old. What a step
     does to the mean of a channel should not be undone by an estimate that
     follows some steps later: with AdamW fine-tuning is better with a slow
-    one. With SGD it is level, but for high learning rates, where ten times
-    as fast is better in segmentation (tools/study).
+    one. With SGD ten times as fast is level, but in short trainings at high
+    learning rates, where it is better in segmentation (tools/study).
 
     Args:
         images_per_gpu (int): Images in one forward pass of one process, or

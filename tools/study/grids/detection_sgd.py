@@ -9,7 +9,7 @@ blocks = [
     dict(method='BCN+WS', images=2, update_rate=0.00125),
 ]
 tune = dict(
-    lr=[0.02, 0.035, 0.06, 0.12],
+    lr=[0.01, 0.02, 0.035, 0.06, 0.12],
     at=dict(update_rate={0.00125: 0.0006}),
 )
 

@@ -2,7 +2,7 @@
 # the learning rates that were best there: at the higher some trainings fail.
 _base_ = './segmentation_sgd_rate.py'
 blocks = [
-    dict(method='BCN+WS', images=1, update_rate=[0.0006, 0.00625]),
+    dict(method='BCN+WS', images=1, update_rate=[0.0006, 0.002, 0.00625]),
     dict(method='GN+WS', images=1),
     dict(method=['BN', 'BCN-large+WS'], images=16),
 ]
