@@ -121,9 +121,6 @@ def interpret(*arguments):
     )
 
 
-_COUNTS = ('channels', 'groups', 'length', 'samples', 'tiles')
-
-
 def registers(ptx, capability):
     """How many a thread takes, by the assembler that Triton brings."""
     from triton.backends import nvidia
@@ -150,66 +147,97 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
     compiler = pytest.importorskip('triton.backends.compiler')
     from triton.compiler import ASTSource, compile
 
-    from wsbcn_mm.functional.kernels import fused, fused_coefficients
+    from wsbcn_mm.functional.kernels import (
+        fused,
+        fused_coefficients,
+        fused_weight,
+    )
 
     statistics = 'fp64' if activations == 'fp64' else 'fp32'
-    most = 168 if statistics == 'fp64' else 128
+    wide = 'ld.global.v2.b64' if statistics == 'fp64' else 'ld.global.v4.b32'
+    usual = 168 if statistics == 'fp64' else 128
 
-    def ptx_of(kernel, options=None, **constants):
+    def check(
+        kernel, large, options=None, is_wide=True, most=usual, **constants
+    ):
         signature, aligned = {}, {}
-        for i, name in enumerate(kernel.arg_names):
+        for i, parameter in enumerate(kernel.jit.params):
+            name = parameter.name
             if name in constants:
                 signature[name] = 'constexpr'
                 continue
-            is_count = name in _COUNTS
-            if is_count or name == 'units':
-                signature[name] = 'i32'
-            elif name == 'count':
-                signature[name] = '*i64'
-            elif name == 'momentum':
-                signature[name] = 'fp64'
-            elif name in ('x', 'grad', 'result'):
-                signature[name] = f'*{activations}'
-            else:
-                signature[name] = f'*{statistics}'
-            if not is_count or name == 'channels':
-                aligned[(i,)] = [['tt.divisibility', 16]]
-        source = ASTSource(kernel, signature, constants, aligned)
+            if parameter.do_not_specialize:
+                signature[name] = 'fp64' if name == 'momentum' else 'i32'
+                continue
+            dtype = activations if name in large else statistics
+            signature[name] = '*i64' if name == 'count' else f'*{dtype}'
+            aligned[(i,)] = [['tt.divisibility', 16]]
+        source = ASTSource(kernel.jit, signature, constants, aligned)
         target = compiler.GPUTarget('cuda', capability, 32)
-        return compile(source, target=target, options=options).asm['ptx']
+        ptx = compile(source, target=target, options=options).asm['ptx']
+        assert not is_wide or wide in ptx
+        assert registers(ptx, capability) <= most
 
     for last, channels, positions in [(False, 1, 4096), (True, 64, 64)]:
-        tile = dict(
-            UNIT=8, CHANNELS_LAST=last, CHANNELS=channels, POSITIONS=positions
-        )
         for name in ('_tile_moments', '_affine', '_tile_sums', '_input_grad'):
-            ptx = ptx_of(getattr(fused, name), **tile)
-            wide = '2.b64' if statistics == 'fp64' else '4.b32'
-            assert f'ld.global.v{wide}' in ptx, name
-            assert registers(ptx, capability) <= most, name
-    ptx_of(fused._join_moments, POSITIONS=4096, TILES=16)
+            check(
+                getattr(fused, name),
+                ('x', 'grad', 'result'),
+                CHANNEL_UNIT=16,
+                UNIT=8,
+                CHANNELS_LAST=last,
+                CHANNELS=channels,
+                POSITIONS=positions,
+            )
+    check(
+        fused_coefficients._join_moments,
+        (),
+        is_wide=False,
+        POSITIONS=4096,
+        TILES=16,
+    )
     for per_channel in (False, True):
         group = dict(EPS=1e-5, PER_CHANNEL=per_channel, SIZE=32)
-        for name in ('_forward', '_backward', 'input_coefficients'):
-            ptx_of(getattr(fused_coefficients, name), **group)
+        for name in ('_backward', 'input_coefficients'):
+            check(
+                getattr(fused_coefficients, name), (), is_wide=False, **group
+            )
         for last in (False, True):
-            ptx = ptx_of(
+            check(
                 fused._whole_backward,
-                options=dict(num_warps=fused._warps(fused._ELEMENTS)),
+                ('x', 'grad', 'result'),
+                dict(num_warps=fused._warps(fused._ELEMENTS)),
+                is_wide=False,
                 UNIT=4,
                 CHANNELS_LAST=last,
                 POSITIONS=64 if statistics == 'fp64' else 128,
                 **group,
             )
-            assert registers(ptx, capability) <= most
-    for annealing in (False, True):
-        ptx_of(
-            fused_coefficients._move_estimates,
-            AVERAGING=False,
-            ANNEALING=annealing,
-            SAMPLES=32,
-            CHANNELS=32,
-        )
+        for samples, size, tiles in [(32, 32, 1), (8, 8, 16), (1, 64, 16)]:
+            check(
+                fused_coefficients._forward,
+                (),
+                is_wide=False,
+                most=255,  # a program for each group: few
+                LEARNS=True,
+                AVERAGING=False,
+                ANNEALING=per_channel,
+                POSITIONS=4096,
+                SAMPLES=samples,
+                TILES=tiles,
+                **{**group, 'SIZE': size},
+            )
+    for elements in (256, 4096):
+        for name in ('_standardize', '_pull_back'):
+            check(
+                getattr(fused_weight, name),
+                ('grad', 'weight', 'result'),
+                dict(num_warps=max(elements // 512, 1)),
+                UNIT=8,
+                ELEMENTS=elements,
+                EPS=1e-5,
+                IS_DOUBLE=statistics == 'fp64',
+            )
 
 
 def test_triton_launches_where_the_tensors_are(monkeypatch):
@@ -235,8 +263,8 @@ def test_triton_compiles_nothing_anew_for_another_update_rate():
     fused = pytest.importorskip(
         'wsbcn_mm.functional.kernels.fused_coefficients'
     )
-    rate = {p.name: p for p in fused._move_estimates.params}['momentum']
-    assert not rate.is_constexpr and rate.annotation_type == 'fp64'
+    rate = {p.name: p for p in fused._forward.jit.params}['momentum']
+    assert rate.do_not_specialize and rate.annotation_type == 'fp64'
 
 
 @pytest.mark.skipif(

@@ -1,6 +1,6 @@
 """Pure tensor mathematics: no modules, no registry, no state."""
 
-from .batch_channel import BatchChannelCoefficients
+from .batch_channel import BatchChannelCoefficients, learn_and_normalize
 from .coefficients import (
     batch_channel_coefficients,
     batch_group_coefficients,
@@ -28,6 +28,7 @@ __all__ = [
     'group_statistics',
     'is_transformed',
     'large_batch_channel_coefficients',
+    'learn_and_normalize',
     'moments',
     'moved_estimates',
     'moving_average_coefficients',

@@ -1,12 +1,15 @@
-"""Batch-Channel Normalization's coefficients, and their gradient."""
+"""Batch-Channel Normalization: coefficients, their gradient, a forward."""
 
 from dataclasses import dataclass
 from typing import Optional, Tuple
 
+import torch
 from torch import Tensor
 
 from . import kernels
 from .coefficients import batch_channel_coefficients
+from .engine import Normalize
+from .transforms import is_transformed
 
 
 @dataclass(eq=False)
@@ -87,3 +90,57 @@ class BatchChannelCoefficients:
             num_groups=self.num_groups,
             eps=self.eps,
         )
+
+
+def learn_and_normalize(
+    x: Tensor, *parameters: Tensor, num_groups: int, eps: float, **estimates
+) -> Optional[Tensor]:
+    """A training forward with estimates, all at once.
+
+    It counts the forward, moves the estimates, and normalizes with them.
+
+    Args:
+        x (Tensor): Activations.
+        *parameters (Tensor): Batch weight and bias, weight and bias.
+        num_groups (int): Number of channel groups.
+        eps (float): Added to both variances.
+        **estimates: ``running_mean``, ``running_var`` and ``count``, which
+            are moved in place, and the ``momentum`` and ``annealing`` of
+            :func:`rate_of_forward`.
+
+    Returns:
+        Tensor | None: None where no kernel does that for such an ``x``; then
+        nothing was moved.
+    """
+    if is_transformed(x, *parameters):
+        return None
+    forward = getattr(kernels.select(x), 'batch_channel_forward', None)
+    running = estimates['running_mean'], estimates['running_var']
+    if forward is None or not all(t.is_contiguous() for t in running):
+        return None
+    settings = dict(num_groups=num_groups, eps=eps)
+    if torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, *parameters)
+    ):
+        result = _LearnAndNormalize.apply(
+            x, forward, estimates, settings, *parameters
+        )
+    else:
+        result = forward(x, *parameters, **estimates, **settings)[0]
+    for t in running:  # unknown to autograd, in a kernel
+        torch.autograd.graph.increment_version(t)
+    return result
+
+
+class _LearnAndNormalize(Normalize):
+    """Another forward, with arguments at the same places."""
+
+    @staticmethod
+    def forward(ctx, x, forward, estimates, settings, *parameters):
+        result, ctx.mean, ctx.var, *moved = forward(
+            x, *parameters, **estimates, **settings
+        )
+        ctx.save_for_backward(x, *parameters)
+        ctx.coefficients = BatchChannelCoefficients(*moved, **settings)
+        ctx.scale = ctx.pull_back = None
+        return result

@@ -104,7 +104,7 @@ def normalize(
     if torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, *parameters)
     ):
-        return _Normalize.apply(x, mean, var, coefficients, *parameters)
+        return Normalize.apply(x, mean, var, coefficients, *parameters)
     forward = getattr(coefficients, 'vjp', coefficients)
     scale, shift = forward(mean, var, *parameters)[:2]
     return kernels.select(x).affine(x, mean, scale, shift)
@@ -145,8 +145,12 @@ def _vjp(
     return scale.detach(), shift.detach(), pull_back
 
 
-class _Normalize(torch.autograd.Function):
-    """The three passes of a backward, instead of autograd's many."""
+class Normalize(torch.autograd.Function):
+    """The three passes of a backward, instead of autograd's many.
+
+    A forward that leaves no ``pull_back`` has coefficients with a
+    ``backward``.
+    """
 
     @staticmethod
     def forward(ctx, x, mean, var, coefficients, *parameters):
@@ -163,10 +167,12 @@ class _Normalize(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
-            return _Normalize._differentiable_backward(
+            return Normalize._differentiable_backward(
                 ctx, grad, x, parameters, wanted
             )
-        if wanted[0] and hasattr(ctx.coefficients, 'backward'):
+        if ctx.pull_back is None or (
+            wanted[0] and hasattr(ctx.coefficients, 'backward')
+        ):
             grads = ctx.coefficients.backward(
                 grad, x, ctx.mean, ctx.var, *parameters
             )

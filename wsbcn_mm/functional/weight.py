@@ -1,15 +1,10 @@
 """Functions of convolution weights."""
 
-from typing import Optional, Tuple
-
 import torch
 from torch import Tensor
 
 from . import kernels
 from .transforms import is_transformed
-
-# Added to variances: the least whose inverse root, cubed, is a float32.
-_TINY = 1e-24
 
 
 def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -46,106 +41,33 @@ def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
             f'{tuple(weight.shape)}'
         )
     if is_transformed(weight):
-        return _definition(weight, eps)
+        return kernels.plain.standardized(weight, eps)
     return _StandardizeWeight.apply(weight, eps)
 
 
-def _definition(weight: Tensor, eps: float) -> Tensor:
-    rows = filter_rows(weight)
-    centered = rows - rows.mean(1, keepdim=True)
-    var = centered.square().sum(1, keepdim=True) / (rows.shape[1] - 1)
-    # The square root has no gradient at 0: a constant filter takes none.
-    positive = var > 0
-    std = torch.where(positive, var, 1).sqrt() * positive
-    return (centered / (std + eps)).view(weight.shape).to(weight.dtype)
+def _vjp(weight: Tensor, eps: float, dtype: torch.dtype):
+    return kernels.select(weight).standardize_weight(weight, eps, dtype)
+
+
+standardize_weight.vjp = _vjp
 
 
 class _StandardizeWeight(torch.autograd.Function):
-    r"""PyTorch's normalizations, of filters: one pass each way.
-
-    Group Normalization, with a group a filter, gives :math:`z = c / \sigma`
-    with the centred weight :math:`c` and the biased :math:`\sigma`. Ours, with
-    the unbiased :math:`s = \sigma \sqrt{K / (K - 1)}` over K weights, is a
-    factor a filter away:
-
-    .. math::
-        \hat W = \frac{c}{s + \epsilon} = \frac{z}{\sqrt{K / (K - 1)} +
-        \epsilon / \sigma}
-
-    The backward pass of Batch Normalization, with a channel a filter, is
-
-    .. math::
-        \gamma r (g - \mathrm{mean}(g)) - \gamma r^3 c \langle g, c \rangle
-        / K
-
-    for any :math:`r` in the place of :math:`1 / \sigma`. With :math:`i = 1 /
-    (s + \epsilon)` ours is :math:`i (g - \mathrm{mean}(g)) - i^2 c \langle
-    g, c \rangle / (s (K - 1))`: the same for :math:`r^2 = i K / (s (K - 1))`
-    and :math:`\gamma = i / r`.
-    """
-
     @staticmethod
     def forward(ctx, weight, eps):
-        rows = _memory_rows(weight)
-        filters, count = rows.shape
-        result, mean, inverse = torch.native_group_norm(
-            rows[None], None, None, 1, filters, count, filters, _TINY
+        result, ctx.pull_back = standardize_weight.vjp(
+            weight, eps=eps, dtype=weight.dtype
         )
-        factor = (inverse * eps).add_((count / (count - 1)) ** 0.5)
-        result *= factor.reciprocal()[..., None]
-        ctx.save_for_backward(weight, mean, inverse, factor)
+        ctx.save_for_backward(weight)
         ctx.eps = eps
-        return _unflatten(result, weight)
+        return result
 
     @staticmethod
     def backward(ctx, grad):
-        weight, mean, inverse, factor = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
+            result = kernels.plain.standardized(weight, ctx.eps)
             return torch.autograd.grad(
-                _definition(weight, ctx.eps), weight, grad, create_graph=True
+                result, weight, grad, create_graph=True
             )[0], None
-        rows = _memory_rows(weight)
-        count = rows.shape[1]
-        # i = inverse / factor, s = sqrt(count / (count - 1)) / inverse
-        ratio = (count / (count - 1)) ** 0.25 * factor.rsqrt()
-        result, _, _ = torch.ops.aten.native_batch_norm_backward(
-            _memory_rows(grad, like=weight)[None],
-            rows[None],
-            weight=(ratio * factor).reciprocal_()[0],
-            running_mean=None,
-            running_var=None,
-            save_mean=mean[0],
-            save_invstd=(inverse * ratio)[0],
-            train=True,
-            eps=0.0,
-            output_mask=[True, False, False],
-        )
-        return _unflatten(result, weight), None
-
-
-def _layout(weight: Tensor) -> Tuple[int, ...]:
-    """The order of dimensions in memory, the filters first."""
-    order = range(1, weight.dim())
-    return (0, *sorted(order, key=lambda d: (-weight.stride(d), d)))
-
-
-def _memory_rows(weight: Tensor, like: Optional[Tensor] = None) -> Tensor:
-    """:func:`filter_rows` in the order of memory: a view in any layout."""
-    like = weight if like is None else like
-    if like.is_contiguous():
-        return filter_rows(weight)
-    return filter_rows(weight.permute(_layout(like)))
-
-
-def _unflatten(rows: Tensor, weight: Tensor) -> Tensor:
-    if weight.is_contiguous():
-        return rows.view(weight.shape).to(weight.dtype)
-    order = _layout(weight)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    rows = rows.view([weight.shape[d] for d in order]).permute(inverse)
-    return rows.to(weight.dtype)
-
-
-def filter_rows(weight: Tensor) -> Tensor:
-    """One filter a row, in the dtype of statistics."""
-    return weight.flatten(1).to(kernels.statistics_dtype(weight.dtype))
+        return ctx.pull_back(grad), None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .weight import filter_rows
+from .kernels.plain import filter_rows
 
 
 def centralize_weight(weight: Tensor) -> Tensor:

@@ -39,6 +39,15 @@ def _is_rescaled(old: Optional[Tensor], new: Tensor) -> bool:
     )
 
 
+def _are_plain(tensors: Tuple[Tensor, ...]) -> bool:
+    """Whether all have the memory and the version of a parameter."""
+    for t in tensors:
+        # Another type may be in its place, as functional_call puts it.
+        if type(t) is not Parameter or t.is_inference() or t.is_meta:
+            return False
+    return True
+
+
 class ConvBase:
     """Mixin for a convolution that is done with a function of its weight.
 
@@ -84,38 +93,25 @@ class ConvBase:
     def standardized_weight(self) -> Tensor:
         """The weight that the convolution is done with."""
         function, tensors, settings = self.weight_function()
-        if is_transformed(*tensors) or not all(
-            # Not in the place of a parameter, as functional_call puts it.
-            type(t) is Parameter and not t.is_inference() and not t.is_meta
-            for t in tensors
-        ):
+        if is_transformed(*tensors) or not _are_plain(tensors):
             return function(*tensors, **settings)
         dtype = self._working_dtype()
         # An address is not used again while the shared weight is kept: it
         # holds on to the parameter's memory.
-        key = (
-            dtype,
-            settings,
-            _optimizer_steps,
-            [
-                (
-                    t.data_ptr(),
-                    t._version,
-                    t.requires_grad,
-                    t.dtype,
-                    t.stride(),
-                )
-                for t in tensors
-            ],
-        )
+        key = [dtype, settings, _optimizer_steps]
+        for t in tensors:
+            key += (
+                t.data_ptr(),
+                t._version,
+                t.requires_grad,
+                t.dtype,
+                t.stride(),
+            )
         known, shared = self.__dict__.get('_shared_weight', (None, None))
         if isinstance(shared, weakref.ref):
             shared = shared()
         if shared is None or known != key or not shared.is_open:
-            shared = SharedWeight(
-                lambda *tensors: function(*tensors, **settings).to(dtype),
-                *tensors,
-            )
+            shared = SharedWeight(function, *tensors, dtype=dtype, **settings)
             # In training the graphs keep it, and nothing else: a momentum
             # encoder has none, and is edited through parameter.data.
             self.__dict__['_shared_weight'] = (

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..functional import (
     BatchChannelCoefficients,
     large_batch_channel_coefficients,
+    learn_and_normalize,
     moments,
     normalize,
 )
@@ -19,7 +20,7 @@ from ._base import (
     in_backward,
     largest_divisor,
 )
-from .batch import Batch, batch_of
+from .batch import Batch, batch_of, shared_group
 from .batch_statistics import BatchStatistics
 from .checkpoint_layouts import translate_to_bcn
 from .running_statistics import RunningStatistics
@@ -171,11 +172,25 @@ class BCN(RunningStatistics, NormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        mean, var = moments(x)
         settings = dict(num_groups=self.num_groups, eps=self.eps)
-        coefficients = estimates = None
+        parameters = self.batch_weight, self.batch_bias, self.weight, self.bias
         tracking = self.training and self.batch_statistics.training
-        if tracking and not (self.estimate and in_backward()):
+        if tracking and self.estimate:
+            tracking = not in_backward()
+            if tracking and shared_group(self.batch_statistics) is None:
+                y = learn_and_normalize(
+                    x,
+                    *parameters,
+                    running_mean=self.running_mean,
+                    running_var=self.running_var,
+                    **self._rate(),
+                    **settings,
+                )
+                if y is not None:
+                    return y
+        mean, var = moments(x)
+        coefficients = estimates = None
+        if tracking:
             batch = batch_of(self.batch_statistics, x, mean, var)
             if batch and not self.estimate:
                 advice = 'Use several samples, or estimate=True.'
@@ -192,16 +207,7 @@ class BCN(RunningStatistics, NormBase):
             coefficients = BatchChannelCoefficients(
                 *(estimates or self._estimates(mean.dtype)), **settings
             )
-        return normalize(
-            x,
-            mean,
-            var,
-            coefficients,
-            self.batch_weight,
-            self.batch_bias,
-            self.weight,
-            self.bias,
-        )
+        return normalize(x, mean, var, coefficients, *parameters)
 
     @torch.no_grad()
     def _update(

@@ -16,8 +16,9 @@ and two for the small tensors:
   gradient
 - ``moved_estimates``, its estimates after a batch
 
-It may have ``batch_channel_backward`` too,
-a whole backward pass that reads memory less often than :func:`backward`.
+It may have ``batch_channel_backward`` too, a whole backward pass that reads
+memory less often than :func:`backward`, and ``batch_channel_forward``, a whole
+training forward with estimates, which it moves in place.
 
 There are ``plain``, the definition; for processors ``compiled``, our own in
 C++, and ``cpu``, PyTorch's operations; for CUDA ``fused``, our own in Triton,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import cpu
 from .closed_form import Gradient
+from .native_weight import standardize_weight
 
 __all__ = [
     'affine',
@@ -26,6 +27,7 @@ __all__ = [
     'moments',
     'moved_estimates',
     'reduce',
+    'standardize_weight',
 ]
 
 _SOURCE = Path(__file__).with_suffix('.cpp')

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .closed_form import batch_channel
 from .layout import dense, memory_format
+from .native_weight import standardize_weight
 from .plain import moved_estimates, statistics_dtype
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     'moments',
     'moved_estimates',
     'reduce',
+    'standardize_weight',
 ]
 
 _PIECE = 1 << 20  # elements: two or three such pieces fit the cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .closed_form import batch_channel
 from .layout import memory_format
+from .native_weight import standardize_weight
 from .plain import moved_estimates
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     'moments',
     'moved_estimates',
     'reduce',
+    'standardize_weight',
 ]
 
 _TINY = 1e-20

@@ -7,7 +7,7 @@ each way, too.
 """
 
 import math
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import triton
@@ -16,28 +16,32 @@ from torch import Tensor
 
 from .fused_coefficients import (
     batch_channel,
+    coefficients,
     input_coefficients,
+    join_moments,
     load,
-    moved_estimates,
+    of_groups,
     place_of_group,
-    programs,
     pulled_back,
     room_for_shares,
     summed,
     through_moments,
 )
-from .launch import on_its_device
+from .fused_weight import standardize_weight
+from .launch import kernel, on_its_device, power_of_2
 from .layout import dense
-from .plain import statistics_dtype
+from .plain import moved_estimates, statistics_dtype
 
 __all__ = [
     'affine',
     'batch_channel',
     'batch_channel_backward',
+    'batch_channel_forward',
     'input_grad',
     'moments',
     'moved_estimates',
     'reduce',
+    'standardize_weight',
 ]
 
 _ELEMENTS = 4096  # of a tile: 32 a thread
@@ -46,32 +50,21 @@ _ELEMENTS = 4096  # of a tile: 32 a thread
 @on_its_device
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
-    count, grid, arguments = _tiles(x)
-    tiles = _empty(x, count)
-    _tile_moments[grid](x, *tiles, **arguments)
-    if count == 1:
-        mean, var = tiles
-    else:
-        mean, var = _empty(x, 1)
-        _join_moments[(mean.numel(),)](
-            *tiles,
-            mean,
-            var,
-            x[0, 0].numel(),
-            count,
-            POSITIONS=arguments['POSITIONS'],
-            TILES=triton.next_power_of_2(count),
-        )
-    return mean.view(x.shape[:2]), var.view(x.shape[:2])
+    tiling = _tiling(x)
+    tiles = _moments_of_tiles(x, tiling)
+    if tiles[0].dim() == 2:
+        return tiles
+    result = tiles[0].new_empty(2, *x.shape[:2]).unbind()
+    join_moments(tiles, result, _positions(tiling), _length(x))
+    return result
 
 
 @on_its_device
 def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     x = dense(x)
     result = torch.empty_like(x)
-    small = (t.contiguous() for t in (center, scale, shift))
-    _, grid, arguments = _tiles(x)
-    _affine[grid](x, result, *small, **arguments)
+    small = [t.contiguous() for t in (center, scale, shift)]
+    _affine((x, result, *small), *_tiling(x))
     return result
 
 
@@ -79,11 +72,7 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     grad = dense(grad, like=x)
-    count, grid, arguments = _tiles(x)
-    tiles = _empty(x, count)
-    _tile_sums[grid](grad, x, center.contiguous(), *tiles, **arguments)
-    total, product = tiles.sum(2) if count > 1 else tiles
-    return total.view_as(center), product.view_as(center)
+    return _sums(grad, x, center.contiguous(), _tiling(x))
 
 
 @on_its_device
@@ -98,10 +87,48 @@ def input_grad(
     x = dense(x)
     grad = dense(grad, like=x)
     result = torch.empty_like(x)
-    small = (t.contiguous() for t in (center, scale, slope, offset))
-    _, grid, arguments = _tiles(x)
-    _input_grad[grid](grad, x, result, *small, **arguments)
+    small = [t.contiguous() for t in (center, scale, slope, offset)]
+    _input_grad((grad, x, result, *small), *_tiling(x))
     return result
+
+
+@on_its_device
+def batch_channel_forward(
+    x: Tensor,
+    *parameters: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: Tensor,
+    momentum: Optional[float],
+    annealing: bool,
+    num_groups: int,
+    eps: float,
+) -> Tuple[Tensor, ...]:
+    """A whole training forward: four launches, or five for many tiles."""
+    count += 1
+    x = dense(x)
+    tiling = _tiling(x)
+    tiles = _moments_of_tiles(x, tiling)
+    mean, var, scale, shift = tiles[0].new_empty(4, *x.shape[:2]).unbind()
+    if tiles[0].dim() == 2:
+        mean, var = tiles
+    learned = mean.new_empty(2, x.shape[1]).unbind()
+    coefficients(
+        tiles,
+        (mean, var, scale, shift),
+        (running_mean, running_var),
+        parameters,
+        num_groups,
+        eps,
+        positions=_positions(tiling),
+        length=_length(x),
+        learned=(*learned, count),
+        momentum=momentum,
+        annealing=annealing,
+    )
+    result = torch.empty_like(x)
+    _affine((x, result, mean, scale, shift), *tiling)
+    return result, mean, var, *learned
 
 
 @on_its_device
@@ -117,52 +144,71 @@ def batch_channel_backward(
     eps: float,
 ) -> Tuple[Tensor, ...]:
     """A whole backward pass: one launch where a group is a program's."""
-    inputs, grid, arguments = programs(
-        mean, var, running_mean, running_var, parameters, num_groups, eps
+    estimates = running_mean.contiguous(), running_var.contiguous()
+    tensors, programs, numbers, constants = of_groups(
+        mean, var, estimates, parameters, num_groups, eps
     )
     x = dense(x)
     grad = dense(grad, like=x)
+    result = torch.empty_like(x)
     shares = room_for_shares(mean, parameters)
-    length = x[0, 0].numel()
+    length = _length(x)
     unit = math.gcd(length, 8)
-    positions = triton.next_power_of_2(length)
+    positions = power_of_2(length)
     # A float64 takes two registers.
-    registers = arguments['SIZE'] * positions * mean.element_size() // 4
+    registers = constants[-1] * positions * mean.element_size() // 4
     if registers <= _elements(unit):
-        result = torch.empty_like(x)
-        _whole_backward[grid](
-            *inputs,
-            grad,
-            x,
-            result,
-            shares,
-            units=length // unit,
-            UNIT=unit,
-            CHANNELS_LAST=not x.is_contiguous(),
-            POSITIONS=positions,
+        _whole_backward(
+            (*tensors, grad, x, result, shares),
+            programs,
+            (*numbers, length // unit),
+            (*constants, unit, not x.is_contiguous(), positions),
             num_warps=_warps(registers),
-            **arguments,
         )
     else:
-        grad_shift, grad_scale = reduce(grad, x, mean)
-        small = mean.new_empty(3, *mean.shape)
-        input_coefficients[grid](
-            *inputs,
-            grad_scale,
-            grad_shift,
-            *small,
-            shares,
-            length=length,
-            **arguments,
+        tiling = _tiling(x)
+        grad_shift, grad_scale = _sums(grad, x, mean, tiling)
+        small = mean.new_empty(3, *mean.shape).unbind()
+        input_coefficients(
+            (*tensors, grad_scale, grad_shift, *small, shares),
+            programs,
+            (*numbers, length),
+            constants,
         )
-        result = input_grad(grad, x, mean, *small)
+        _input_grad((grad, x, result, mean, *small), *tiling)
     return result, *summed(shares, parameters)
 
 
-def _empty(x: Tensor, tiles: int) -> Tensor:
-    """Two statistics of each tile of each sample's channels."""
-    dtype = statistics_dtype(x.dtype)
-    return x.new_empty(2, x.shape[0] * x.shape[1], tiles, dtype=dtype)
+def _moments_of_tiles(x: Tensor, tiling: tuple) -> Tuple[Tensor, Tensor]:
+    """Mean and variance of each tile.
+
+    Of a channel that is one tile they have the shape of its moments.
+    """
+    tiles = _of_tiles(x, tiling).unbind()
+    _tile_moments((x, *tiles), *tiling)
+    return tiles
+
+
+def _sums(
+    grad: Tensor, x: Tensor, center: Tensor, tiling: tuple
+) -> Tuple[Tensor, Tensor]:
+    """Those of ``reduce``, of tensors in the layout that a kernel works in."""
+    tiles = _of_tiles(x, tiling)
+    _tile_sums((grad, x, center, *tiles.unbind()), *tiling)
+    return (tiles if tiles.dim() == 3 else tiles.sum(3)).unbind()
+
+
+def _of_tiles(x: Tensor, tiling: tuple) -> Tensor:
+    """Room for two statistics of each tile of each sample's channels."""
+    shape = 2, *x.shape[:2]
+    count = -(-_length(x) // _positions(tiling))
+    if count > 1:
+        shape = *shape, count
+    return x.new_empty(shape, dtype=statistics_dtype(x.dtype))
+
+
+def _length(x: Tensor) -> int:
+    return math.prod(x.shape[2:])
 
 
 def _elements(unit: int) -> int:
@@ -177,43 +223,36 @@ def _warps(registers: int) -> int:
     return max(4, registers // 512)
 
 
-def _tiles(x: Tensor) -> Tuple[int, Tuple[int], dict]:
-    """How many a channel has, how many there are, and arguments."""
+def _tiling(x: Tensor) -> Tuple[int, tuple, tuple]:
+    """Programs, numbers and constants of the kernels over tiles of ``x``."""
     samples, channels = x.shape[:2]
-    length = x[0, 0].numel()
-    # Told what divides the length, the compiler loads as much at once. That is
-    # all it is told of it: else each size of image would be compiled for.
-    unit = math.gcd(length, 8)
-    if x.is_contiguous():
-        width = min(triton.next_power_of_2(length), _ELEMENTS)
-        height = min(
-            triton.next_power_of_2(channels),
-            max(1, _elements(unit) // width),
-        )
+    length = _length(x)
+    # Told what divides these, the compiler loads as much at once. That is all
+    # it is told of them: else each size of image would be compiled for.
+    unit, channel_unit = math.gcd(length, 8), math.gcd(channels, 16)
+    is_last = not x.is_contiguous()
+    if is_last:
+        height = min(power_of_2(channels), 64)
+        width = min(power_of_2(length), _ELEMENTS // height)
     else:
-        height = min(triton.next_power_of_2(channels), 64)
-        width = min(triton.next_power_of_2(length), _ELEMENTS // height)
-    count = triton.cdiv(length, width)
+        width = min(power_of_2(length), _ELEMENTS)
+        height = min(power_of_2(channels), max(1, _elements(unit) // width))
     # One dimension, since the others of a grid end at 65,535.
-    grid = (count * triton.cdiv(channels, height) * samples,)
-    return (
-        count,
-        grid,
-        dict(
-            channels=channels,
-            units=length // unit,
-            UNIT=unit,
-            CHANNELS_LAST=not x.is_contiguous(),
-            CHANNELS=height,
-            POSITIONS=width,
-        ),
-    )
+    programs = -(-length // width) * -(-channels // height) * samples
+    numbers = channels // channel_unit, length // unit
+    return programs, numbers, (channel_unit, unit, is_last, height, width)
+
+
+def _positions(tiling: Tuple[int, tuple, tuple]) -> int:
+    """Of a channel, in a tile."""
+    return tiling[2][-1]
 
 
 @triton.jit
 def _place(
-    channels,
+    channel_units,
     units,
+    CHANNEL_UNIT: tl.constexpr,
     UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -224,6 +263,7 @@ def _place(
     That is in two parts, of which the one that every element has is a small
     number: it takes registers.
     """
+    channels = channel_units * CHANNEL_UNIT
     length = units * UNIT
     tiles = tl.cdiv(length, POSITIONS)
     tile = tl.program_id(0) % tiles
@@ -255,20 +295,27 @@ def _place(
     )
 
 
-@triton.jit(do_not_specialize=['units'])
+@kernel('channel_units', 'units')
 def _tile_moments(
     x,
     mean,
     var,
-    channels,
+    channel_units,
     units,
+    CHANNEL_UNIT: tl.constexpr,
     UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
     tile, tiles, row, inside, start, offset, mask = _place(
-        channels, units, UNIT, CHANNELS_LAST, CHANNELS, POSITIONS
+        channel_units,
+        units,
+        CHANNEL_UNIT,
+        UNIT,
+        CHANNELS_LAST,
+        CHANNELS,
+        POSITIONS,
     )
     value = tl.load(x + start + offset, mask, other=0).to(
         mean.dtype.element_ty
@@ -281,48 +328,29 @@ def _tile_moments(
     tl.store(var + out, tl.sum(centered * centered, 1) / count, inside)
 
 
-@triton.jit
-def _join_moments(
-    tile_mean,
-    tile_var,
-    mean,
-    var,
-    length,
-    tiles,
-    POSITIONS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.arange(0, TILES)
-    inside = tile < tiles
-    m = tl.load(tile_mean + row * tiles + tile, inside, other=0)
-    v = tl.load(tile_var + row * tiles + tile, inside, other=0)
-    count = tl.minimum(length - tile * POSITIONS, POSITIONS)
-    share = tl.where(inside, count, 0).to(m.dtype) / length
-    # About one of the tiles' means: they are close to each other.
-    first = tl.load(tile_mean + row * tiles)
-    center = first + tl.sum((m - first) * share, 0)
-    tl.store(mean + row, center)
-    centered = m - center
-    tl.store(var + row, tl.sum((v + centered * centered) * share, 0))
-
-
-@triton.jit(do_not_specialize=['units'])
+@kernel('channel_units', 'units')
 def _affine(
     x,
     result,
     center,
     scale,
     shift,
-    channels,
+    channel_units,
     units,
+    CHANNEL_UNIT: tl.constexpr,
     UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
     _, _, row, inside, start, offset, mask = _place(
-        channels, units, UNIT, CHANNELS_LAST, CHANNELS, POSITIONS
+        channel_units,
+        units,
+        CHANNEL_UNIT,
+        UNIT,
+        CHANNELS_LAST,
+        CHANNELS,
+        POSITIONS,
     )
     c = tl.load(center + row, inside, other=0)[:, None]
     s = tl.load(scale + row, inside, other=0)[:, None]
@@ -332,22 +360,29 @@ def _affine(
     tl.store(result + start + offset, value.to(result.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=['units'])
+@kernel('channel_units', 'units')
 def _tile_sums(
     grad,
     x,
     center,
     total,
     product,
-    channels,
+    channel_units,
     units,
+    CHANNEL_UNIT: tl.constexpr,
     UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
     tile, tiles, row, inside, start, offset, mask = _place(
-        channels, units, UNIT, CHANNELS_LAST, CHANNELS, POSITIONS
+        channel_units,
+        units,
+        CHANNEL_UNIT,
+        UNIT,
+        CHANNELS_LAST,
+        CHANNELS,
+        POSITIONS,
     )
     c = tl.load(center + row, inside, other=0)[:, None]
     g = tl.load(grad + start + offset, mask, other=0).to(c.dtype)
@@ -358,7 +393,7 @@ def _tile_sums(
     tl.store(product + out, tl.sum(g * (value - c), 1), inside)
 
 
-@triton.jit(do_not_specialize=['units'])
+@kernel('channel_units', 'units')
 def _input_grad(
     grad,
     x,
@@ -367,15 +402,22 @@ def _input_grad(
     scale,
     slope,
     shift,
-    channels,
+    channel_units,
     units,
+    CHANNEL_UNIT: tl.constexpr,
     UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
     _, _, row, inside, start, offset, mask = _place(
-        channels, units, UNIT, CHANNELS_LAST, CHANNELS, POSITIONS
+        channel_units,
+        units,
+        CHANNEL_UNIT,
+        UNIT,
+        CHANNELS_LAST,
+        CHANNELS,
+        POSITIONS,
     )
     c = tl.load(center + row, inside, other=0)[:, None]
     s = tl.load(scale + row, inside, other=0)[:, None]
@@ -387,7 +429,7 @@ def _input_grad(
     tl.store(result + start + offset, value.to(result.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=['units'])
+@kernel('channels', 'groups', 'units')
 def _whole_backward(
     mean,
     var,
@@ -396,7 +438,6 @@ def _whole_backward(
     batch_weight,
     batch_bias,
     weight,
-    bias,
     grad,
     x,
     result,
@@ -404,12 +445,12 @@ def _whole_backward(
     channels,
     groups,
     units,
-    UNIT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    POSITIONS: tl.constexpr,
     EPS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):
     length = units * UNIT
     sample, group, channel, inside, size = place_of_group(

@@ -12,104 +12,145 @@ import triton.language as tl
 from torch import Tensor
 
 from .closed_form import Gradient
-from .launch import on_its_device
+from .launch import kernel, on_its_device, power_of_2
+
+_ELEMENTS = 1024  # moments at a time, of a program: what registers hold
 
 
 @on_its_device
 def batch_channel(
     mean: Tensor,
     var: Tensor,
-    batch_weight: Tensor,
-    batch_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
+    *parameters: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
     num_groups: int,
     eps: float,
 ) -> Gradient:
     """The same as in ``closed_form``, one launch each way."""
-    parameters = batch_weight, batch_bias, weight, bias
-    inputs, grid, arguments = programs(
-        mean, var, running_mean, running_var, parameters, num_groups, eps
-    )
+    mean, var = mean.contiguous(), var.contiguous()
     scale, shift = mean.new_empty(2, *mean.shape)
-    _forward[grid](*inputs, scale, shift, **arguments)
+    constants = num_groups, eps
+    estimates = running_mean.contiguous(), running_var.contiguous()
+    coefficients(
+        (mean, var),
+        (mean, var, scale, shift),
+        estimates,
+        parameters,
+        *constants,
+    )
 
     @on_its_device
     def pull_back(grad_scale: Tensor, grad_shift: Tensor):
+        inputs, *programs = of_groups(
+            mean, var, estimates, parameters, *constants
+        )
         grad_mean, grad_var = mean.new_empty(2, *mean.shape)
         shares = room_for_shares(mean, parameters)
-        _backward[grid](
-            *inputs,
-            grad_scale.contiguous(),
-            grad_shift.contiguous(),
-            grad_mean,
-            grad_var,
-            shares,
-            **arguments,
-        )
+        grads = grad_scale.contiguous(), grad_shift.contiguous()
+        _backward((*inputs, *grads, grad_mean, grad_var, shares), *programs)
         return grad_mean, grad_var, *summed(shares, parameters)
 
     return scale, shift, pull_back
 
 
-@on_its_device
-def moved_estimates(
+def coefficients(
+    tiles: Tuple[Tensor, Tensor],
+    results: Tuple[Tensor, Tensor, Tensor, Tensor],
+    estimates: Tuple[Tensor, Tensor],
+    parameters: Sequence[Tensor],
+    num_groups: int,
+    eps: float,
+    *,
+    positions: int = 1,
+    length: int = 1,
+    learned: Optional[Tuple[Tensor, Tensor, Tensor]] = None,
+    momentum: Optional[float] = 0.0,
+    annealing: bool = False,
+) -> None:
+    """Fill in the mean, the variance, the scale and the shift, in one launch.
+
+    Args:
+        tiles (tuple[Tensor]): Mean and variance of each channel, or of tiles
+            of so many of its positions.
+        results (tuple[Tensor]): The four, shape (N, C). Of what is no tiles,
+            mean and variance may be ``tiles``.
+        estimates (tuple[Tensor]): ``running_mean`` and ``running_var``.
+        parameters (Sequence[Tensor]): Batch weight and bias, weight and bias.
+        num_groups (int): Number of channel groups.
+        eps (float): Added to both variances.
+        positions (int): In a tile.
+        length (int): Number of positions.
+        learned (tuple[Tensor] | None): Where to put the mean and the variance
+            that the estimates are moved to, in place, before they are used,
+            and the number of this forward. Default: None, they stay.
+        momentum, annealing: See :func:`rate_of_forward`.
+    """
+    samples, channels = results[0].shape
+    count = tiles[0].numel() // results[0].numel()
+    size = power_of_2(channels // num_groups)
+    most = power_of_2(count)
+    if most > 1 and most * size > _ELEMENTS:
+        join_moments(tiles, results[:2], positions, length)
+        tiles, count, most = results[:2], 1, 1
+    at_once = min(power_of_2(samples), max(_ELEMENTS // (size * most), 1))
+    _forward(
+        (
+            *(*tiles, *results, *estimates, *(learned or results[:3])),
+            *[t.contiguous() for t in parameters],
+        ),
+        num_groups,
+        (
+            *(samples, channels, num_groups, length, count),
+            0.0 if momentum is None else momentum,
+        ),
+        (
+            *(eps, parameters[2].numel() != num_groups, learned is not None),
+            *(momentum is None, annealing, positions, at_once, size, most),
+        ),
+    )
+
+
+def join_moments(
+    tiles: Tuple[Tensor, Tensor],
+    results: Tuple[Tensor, Tensor],
+    positions: int,
+    length: int,
+) -> None:
+    """Fill in the moments of channels from those of their tiles."""
+    rows = results[0].numel()
+    count = tiles[0].numel() // rows
+    _join_moments(
+        (*tiles, *results),
+        rows,
+        (length, count),
+        (positions, power_of_2(count)),
+    )
+
+
+def of_groups(
     mean: Tensor,
     var: Tensor,
-    *,
-    running_mean: Tensor,
-    running_var: Tensor,
-    count: Tensor,
-    momentum: Optional[float],
-    annealing: bool,
-) -> Tuple[Tensor, Tensor]:
-    """The same as :func:`estimates.estimates_from_moments`, in one launch."""
+    estimates: Tuple[Tensor, Tensor],
+    parameters: Sequence[Tensor],
+    num_groups: int,
+    eps: float,
+) -> Tuple[Tuple[Tensor, ...], int, tuple, tuple]:
+    """Tensors, then numbers and constants of a program for each group."""
     samples, channels = mean.shape
-    new_mean, new_var = mean.new_empty(2, channels)
-    _move_estimates[(triton.cdiv(channels, 32),)](
-        mean.contiguous(),
-        var.contiguous(),
-        running_mean,
-        running_var,
-        count,
-        new_mean,
-        new_var,
-        samples,
-        channels,
-        0.0 if momentum is None else momentum,
-        AVERAGING=momentum is None,
-        ANNEALING=annealing,
-        SAMPLES=min(triton.next_power_of_2(samples), 32),
-        CHANNELS=32,
+    tensors = mean, var, *estimates, *[t.contiguous() for t in parameters[:3]]
+    per_channel = parameters[2].numel() != num_groups
+    return (
+        tensors,
+        samples * num_groups,
+        (channels, num_groups),
+        (eps, per_channel, power_of_2(channels // num_groups)),
     )
-    return new_mean, new_var
-
-
-def programs(
-    mean, var, running_mean, running_var, parameters, num_groups, eps
-):
-    """Tensors, grid and arguments of a program for each sample's group."""
-    samples, channels = mean.shape
-    inputs = [
-        t.contiguous()
-        for t in (mean, var, running_mean, running_var, *parameters)
-    ]
-    arguments = dict(
-        channels=channels,
-        groups=num_groups,
-        EPS=eps,
-        PER_CHANNEL=parameters[2].numel() != num_groups,
-        SIZE=triton.next_power_of_2(channels // num_groups),
-    )
-    return inputs, (samples * num_groups,), arguments
 
 
 def room_for_shares(mean: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Room for each sample's share in the gradients of the parameters."""
-    return mean.new_empty(len(mean), sum(t.numel() for t in parameters))
+    return mean.new_empty(len(mean), sum([t.numel() for t in parameters]))
 
 
 def summed(shares: Tensor, parameters: Sequence[Tensor]):
@@ -125,13 +166,51 @@ def load(pointer, index, inside, like):
 
 
 @triton.jit
-def place_of_group(channels, groups, SIZE: tl.constexpr):
-    """A program's sample and group, and the channels of that group."""
-    group = tl.program_id(0) % groups
-    sample = tl.program_id(0) // groups
-    size = channels // groups
-    lane = tl.arange(0, SIZE)
-    return sample, group, group * size + lane, lane < size, size
+def _joined(
+    tile_mean,
+    tile_var,
+    row,
+    inside,
+    length,
+    tiles,
+    POSITIONS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Mean and variance of each of a block of channels."""
+    if TILES == 1:
+        mean = tl.load(tile_mean + row, inside, other=0)
+        return mean, tl.load(tile_var + row, inside, other=0)
+    tile = tl.arange(0, TILES)[None, None, :]
+    at = (row * tiles)[:, :, None] + tile
+    there = inside[:, :, None] & (tile < tiles)
+    m = tl.load(tile_mean + at, there, other=0)
+    v = tl.load(tile_var + at, there, other=0)
+    count = tl.minimum(length - tile * POSITIONS, POSITIONS)
+    share = tl.where(tile < tiles, count, 0).to(m.dtype) / length
+    # About one of the tiles' means: they are close to each other.
+    first = tl.load(tile_mean + row * tiles, inside, other=0)
+    mean = first + tl.sum((m - first[:, :, None]) * share, 2)
+    centered = m - mean[:, :, None]
+    return mean, tl.sum((v + centered * centered) * share, 2)
+
+
+@kernel('length', 'tiles')
+def _join_moments(
+    tile_mean,
+    tile_var,
+    mean,
+    var,
+    length,
+    tiles,
+    POSITIONS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
+    m, v = _joined(
+        tile_mean, tile_var, row, row >= 0, length, tiles, POSITIONS, TILES
+    )
+    tl.store(mean + row, m)
+    tl.store(var + row, v)
 
 
 @triton.jit
@@ -142,64 +221,160 @@ def _normalized(
     running_var,
     batch_weight,
     batch_bias,
-    row,
-    channel,
     inside,
     size,
     EPS: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
-    """What both ways need, in the notation of the formulas."""
-    v = load(var, row, inside, mean)
-    moved = load(mean, row, inside, mean)
-    moved -= load(running_mean, channel, inside, mean)
-    inverse_std = 1 / tl.sqrt(load(running_var, channel, inside, mean) + EPS)
-    inverse_std = tl.where(inside, inverse_std, 0)  # no 0 * inf below
-    a = load(batch_weight, channel, inside, mean) * inverse_std
-    centered = moved * a + load(batch_bias, channel, inside, mean)
-    centered = tl.where(inside, centered - tl.sum(centered, 0) / size, 0)
-    q = 1 / tl.sqrt(tl.sum(centered * centered + a * a * v, 0) / size + EPS)
-    return v, moved, inverse_std, a, centered, q
+    """What both ways need, in the notation of the formulas.
+
+    Of blocks whose channels, all of a group, are along an axis.
+    """
+    inverse_std = tl.where(inside, 1 / tl.sqrt(running_var + EPS), 0)
+    a = batch_weight * inverse_std
+    moved = mean - running_mean
+    centered = moved * a + batch_bias
+    centered -= tl.sum(tl.where(inside, centered, 0), AXIS, True) / size
+    centered = tl.where(inside, centered, 0)
+    group_var = tl.sum(centered * centered + a * a * var, AXIS, True) / size
+    return moved, inverse_std, a, centered, 1 / tl.sqrt(group_var + EPS)
 
 
-@triton.jit
+@kernel('samples', 'channels', 'groups', 'length', 'tiles', 'momentum')
 def _forward(
+    tile_mean,
+    tile_var,
     mean,
     var,
+    scale,
+    shift,
     running_mean,
     running_var,
+    new_mean,
+    new_var,
+    count,
     batch_weight,
     batch_bias,
     weight,
     bias,
-    scale,
-    shift,
+    samples,
     channels,
     groups,
+    length,
+    tiles,
+    momentum: tl.float64,  # or it would come rounded to float32
     EPS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    LEARNS: tl.constexpr,
+    AVERAGING: tl.constexpr,
+    ANNEALING: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SAMPLES: tl.constexpr,
     SIZE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    sample, _, channel, inside, size = place_of_group(channels, groups, SIZE)
-    row = sample * channels + channel
-    _, _, _, a, centered, q = _normalized(
-        mean,
-        var,
-        running_mean,
-        running_var,
-        batch_weight,
-        batch_bias,
-        row,
-        channel,
-        inside,
-        size,
-        EPS,
-    )
+    """Of a group, for all samples, some of them at a time."""
+    group = tl.program_id(0)
+    size = channels // groups
+    lane = tl.arange(0, SIZE)[None, :]
+    channel = group * size + lane
+    inside = lane < size
+    old_mean = load(running_mean, channel, inside, mean)
+    old_var = load(running_var, channel, inside, mean)
+    if LEARNS:
+        rate = tl.full((), momentum, mean.dtype.element_ty)
+        if AVERAGING:
+            rate = 1 / tl.load(count).to(rate.dtype)
+        elif ANNEALING:
+            rate = tl.maximum(1 / (tl.load(count) + 1).to(rate.dtype), rate)
+        delta = tl.zeros_like(old_mean)
+        squares = tl.zeros_like(old_mean)
+        first = samples * 0  # a tensor, as Triton wants it of a loop
+        while first < samples:
+            sample = first + tl.arange(0, SAMPLES)[:, None]
+            there = inside & (sample < samples)
+            row = sample.to(tl.int64) * channels + channel
+            m, v = _joined(
+                tile_mean,
+                tile_var,
+                row,
+                there,
+                length,
+                tiles,
+                POSITIONS,
+                TILES,
+            )
+            m = tl.where(there, m - old_mean, 0)
+            delta += tl.sum(m, 0, True)
+            squares += tl.sum(v + m * m, 0, True)
+            first += SAMPLES
+        moved_mean = old_mean + rate * (delta / samples)
+        moved_var = old_var + rate * (squares / samples - old_var)
+        # Neither infinite nor NaN: one overflow must not poison them.
+        good = (moved_mean + moved_var) * 0 == 0
+        # As they are rounded where they are kept.
+        moved_mean = tl.where(good, moved_mean, old_mean).to(
+            running_mean.dtype.element_ty
+        )
+        moved_var = tl.where(good, moved_var, old_var).to(
+            running_var.dtype.element_ty
+        )
+        tl.store(running_mean + channel, moved_mean, inside)
+        tl.store(running_var + channel, moved_var, inside)
+        old_mean = moved_mean.to(mean.dtype.element_ty)
+        old_var = moved_var.to(mean.dtype.element_ty)
+        tl.store(new_mean + channel, old_mean, inside)
+        tl.store(new_var + channel, old_var, inside)
+    batch_scale = load(batch_weight, channel, inside, mean)
+    batch_shift = load(batch_bias, channel, inside, mean)
     # One output affine a channel, or the same one for all of a group.
-    pair = channel if PER_CHANNEL else channel // size
-    p = load(weight, pair, inside, mean) * q
-    tl.store(scale + row, p * a, inside)
+    pair = channel if PER_CHANNEL else group + lane * 0
+    gamma = load(weight, pair, inside, mean)
     beta = load(bias, pair, inside, mean)
-    tl.store(shift + row, centered * p + beta, inside)
+    first = samples * 0
+    while first < samples:
+        sample = first + tl.arange(0, SAMPLES)[:, None]
+        there = inside & (sample < samples)
+        row = sample.to(tl.int64) * channels + channel
+        m, v = _joined(
+            tile_mean,
+            tile_var,
+            row,
+            there,
+            length,
+            tiles,
+            POSITIONS,
+            TILES,
+        )
+        if TILES > 1:
+            tl.store(mean + row, m, there)
+            tl.store(var + row, v, there)
+        _, _, a, centered, q = _normalized(
+            m,
+            v,
+            old_mean,
+            old_var,
+            batch_scale,
+            batch_shift,
+            inside,
+            size,
+            EPS,
+            1,
+        )
+        p = gamma * q
+        tl.store(scale + row, p * a, there)
+        tl.store(shift + row, centered * p + beta, there)
+        first += SAMPLES
+
+
+@triton.jit
+def place_of_group(channels, groups, SIZE: tl.constexpr):
+    """A program's sample and group, and the channels of that group."""
+    group = tl.program_id(0) % groups
+    sample = tl.program_id(0) // groups
+    size = channels // groups
+    lane = tl.arange(0, SIZE)
+    return sample, group, group * size + lane, lane < size, size
 
 
 @triton.jit
@@ -228,18 +403,19 @@ def pulled_back(
     sample, group, channel, inside, size = place_of_group(
         channels, groups, SIZE
     )
-    v, moved, inverse_std, a, centered, q = _normalized(
-        mean,
-        var,
-        running_mean,
-        running_var,
-        batch_weight,
-        batch_bias,
-        sample * channels + channel,
-        channel,
+    row = sample * channels + channel
+    v = load(var, row, inside, mean)
+    moved, inverse_std, a, centered, q = _normalized(
+        load(mean, row, inside, mean),
+        v,
+        load(running_mean, channel, inside, mean),
+        load(running_var, channel, inside, mean),
+        load(batch_weight, channel, inside, mean),
+        load(batch_bias, channel, inside, mean),
         inside,
         size,
         EPS,
+        0,
     )
     pair = channel if PER_CHANNEL else channel // size
     gamma = load(weight, pair, inside, mean)
@@ -262,12 +438,12 @@ def pulled_back(
         tl.store(shares + channel, grad_p * q, inside)
         tl.store(shares + pairs + channel, t, inside)
     else:
-        tl.store(shares + group, tl.sum(grad_p, 0) * q)
+        tl.store(shares + group, tl.sum(grad_p * q, 0))
         tl.store(shares + pairs + group, tl.sum(t, 0))
     return p * a, a * grad_moved, 0.5 * a * a * slope
 
 
-@triton.jit
+@kernel('channels', 'groups')
 def _backward(
     mean,
     var,
@@ -276,7 +452,6 @@ def _backward(
     batch_weight,
     batch_bias,
     weight,
-    bias,
     grad_scale,
     grad_shift,
     grad_mean,
@@ -318,7 +493,7 @@ def through_moments(grad_mean, grad_var, scale, grad_shift, length):
     return 2 * grad_var / length, (grad_mean - scale * grad_shift) / length
 
 
-@triton.jit
+@kernel('channels', 'groups', 'length')
 def input_coefficients(
     mean,
     var,
@@ -327,7 +502,6 @@ def input_coefficients(
     batch_weight,
     batch_bias,
     weight,
-    bias,
     grad_scale,
     grad_shift,
     scale,
@@ -366,49 +540,3 @@ def input_coefficients(
     tl.store(scale + row, s, inside)
     tl.store(slope + row, k, inside)
     tl.store(offset + row, rest, inside)
-
-
-@triton.jit(do_not_specialize=['samples'])
-def _move_estimates(
-    mean,
-    var,
-    running_mean,
-    running_var,
-    count,
-    new_mean,
-    new_var,
-    samples,
-    channels,
-    momentum: tl.float64,  # or it would come rounded to float32
-    AVERAGING: tl.constexpr,
-    ANNEALING: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    rate = tl.full((), momentum, mean.dtype.element_ty)
-    if AVERAGING:
-        rate = 1 / tl.load(count).to(rate.dtype)
-    elif ANNEALING:
-        rate = tl.maximum(1 / (tl.load(count) + 1).to(rate.dtype), rate)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < channels
-    old_mean = load(running_mean, channel, inside, mean)
-    old_var = load(running_var, channel, inside, mean)
-    delta = tl.zeros_like(old_mean)
-    squares = tl.zeros_like(old_mean)
-    first = samples * 0  # a tensor, as Triton wants it of a loop
-    while first < samples:
-        sample = first + tl.arange(0, SAMPLES)[:, None]
-        mask = (sample < samples) & inside[None, :]
-        row = sample.to(tl.int64) * channels + channel[None, :]
-        moved = tl.load(mean + row, mask, other=0) - old_mean[None, :]
-        moved = tl.where(mask, moved, 0)
-        delta += tl.sum(moved, 0)
-        squares += tl.sum(tl.load(var + row, mask, other=0) + moved * moved, 0)
-        first += SAMPLES
-    moved_mean = old_mean + rate * (delta / samples)
-    moved_var = old_var + rate * (squares / samples - old_var)
-    # Neither infinite nor NaN: one overflow must not poison them.
-    good = (moved_mean + moved_var) * 0 == 0
-    tl.store(new_mean + channel, tl.where(good, moved_mean, old_mean), inside)
-    tl.store(new_var + channel, tl.where(good, moved_var, old_var), inside)

@@ -95,6 +95,12 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
     _is_laid_out(result, x)
     _check_batch_channel(backend, x, grad, center, got_var)
     _check_moved_estimates(backend, center, got_var)
+    if hasattr(backend, 'batch_channel_forward'):
+        _check_forward(backend, x)
+    if x[0].numel() > 1:
+        _check_weight(backend, x, grad, x.dtype)
+        if x.dtype == torch.float32:  # under autocast
+            _check_weight(backend, x, grad, torch.float16)
 
 
 def _check_batch_channel(
@@ -191,6 +197,92 @@ def _check_moved_estimates(
             for got, expected in zip(*results):
                 bound = TOLERANCE[mean.dtype] * (1 + expected.abs().max())
                 _close('moved_estimates', got, expected, bound)
+
+
+def _check_forward(backend: ModuleType, x: Tensor) -> None:
+    """Compare with the definition's passes, one after the other."""
+    wide = x.double().cpu()
+    dtype = plain.statistics_dtype(x.dtype)
+    channels = x.shape[1]
+    num_groups = 2 if channels % 2 == 0 else 1
+    constants = dict(num_groups=num_groups, eps=1e-5)
+    for pairs, momentum, annealing in (
+        (num_groups, 0.1, True),
+        (channels, None, False),
+    ):
+        sizes = (channels, channels, pairs, pairs, channels, channels)
+        *parameters, mean, var = (
+            (_waves((size,), step) + 1.5).to(dtype)
+            for step, size in enumerate(sizes, 1)
+        )
+        count = torch.tensor(3)
+        moved = [t.to(x.device, copy=True) for t in (mean, var, count)]
+        result, *small = backend.batch_channel_forward(
+            x,
+            *(t.to(x.device) for t in parameters),
+            **dict(zip(('running_mean', 'running_var', 'count'), moved)),
+            momentum=momentum,
+            annealing=annealing,
+            **constants,
+        )
+        moments = plain.moments(wide)
+        estimates = plain.moved_estimates(
+            *moments,
+            running_mean=mean.double(),
+            running_var=var.double(),
+            count=count + 1,
+            momentum=momentum,
+            annealing=annealing,
+        )
+        scale, shift, _ = plain.batch_channel(
+            *moments,
+            *(t.double() for t in parameters),
+            running_mean=estimates[0],
+            running_var=estimates[1],
+            **constants,
+        )
+        if moved[2].item() != 4:
+            raise RuntimeError(f'count: {moved[2].item()} after 3')
+        expected = plain.affine(wide, moments[0], scale, shift)
+        # What the mean is rounded by is scaled along.
+        size = expected.abs().amax() + scale.abs().amax() * wide.abs().amax()
+        _close('forward', result, expected, 3 * TOLERANCE[x.dtype] * size)
+        _is_laid_out(result, x)
+        for name, got, wanted in zip(
+            ('mean', 'var', 'new_mean', 'new_var', 'mean kept', 'var kept'),
+            (*small, *moved),
+            (*moments, *estimates, *estimates),
+        ):
+            size = 1 + wanted.abs().max() + moments[0].abs().max()
+            _close(name, got, wanted, 10 * TOLERANCE[dtype] * size)
+
+
+def _check_weight(
+    backend: ModuleType, weight: Tensor, grad: Tensor, dtype: torch.dtype
+) -> None:
+    """Take activations for filters, whose weight another dtype may have."""
+    wide = weight.double().cpu()
+    got, pull_back = backend.standardize_weight(weight, 1e-5, dtype)
+    expected, wide_pull_back = plain.standardize_weight(wide, 1e-5, wide.dtype)
+    rows = wide.flatten(1)
+    inverse = 1 / (rows.std(1) + 1e-5)
+    # The mean is rounded, and that is scaled along.
+    size = 1 + expected.abs().max() + (inverse * rows.abs().amax(1)).max()
+    tolerance = TOLERANCE[plain.statistics_dtype(weight.dtype)]
+    bound = tolerance * size + TOLERANCE[dtype] * expected.abs().max()
+    _close('weight', got, expected, bound)
+    if got.dtype != dtype:
+        raise RuntimeError(f'weight: {got.dtype}, expected {dtype}')
+    grad = grad.to(dtype)
+    got = pull_back(grad)
+    expected = wide_pull_back(grad.double().cpu())
+    size = 3 * size * inverse.max() * grad.abs().max().double().cpu()
+    bound = tolerance * size + TOLERANCE[weight.dtype] * expected.abs().max()
+    _close('grad of weight', got, expected, bound)
+    if got.dtype != weight.dtype:
+        raise RuntimeError(
+            f'grad of weight: {got.dtype}, expected {weight.dtype}'
+        )
 
 
 def _waves(shape, step: float) -> Tensor:

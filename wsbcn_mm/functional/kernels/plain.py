@@ -1,6 +1,6 @@
 """Plain PyTorch, for every device, dtype and layout: the definition."""
 
-from typing import Tuple
+from typing import Callable, Tuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ __all__ = [
     'moments',
     'moved_estimates',
     'reduce',
+    'standardize_weight',
+    'standardized',
     'statistics_dtype',
 ]
 
@@ -70,3 +72,39 @@ def input_grad(
     )
     centered = _statistics(x) - _expand(center, x)
     return torch.addcmul(result, centered, _expand(slope, x)).to(x.dtype)
+
+
+def standardized(weight: Tensor, eps: float) -> Tensor:
+    """The standardized weight, by operations that autograd follows."""
+    rows = filter_rows(weight)
+    centered = rows - rows.mean(1, keepdim=True)
+    var = centered.square().sum(1, keepdim=True) / (rows.shape[1] - 1)
+    # The square root has no gradient at 0: a constant filter takes none.
+    positive = var > 0
+    std = torch.where(positive, var, 1).sqrt() * positive
+    return (centered / (std + eps)).view(weight.shape).to(weight.dtype)
+
+
+def standardize_weight(
+    weight: Tensor, eps: float, dtype: torch.dtype
+) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The standardized weight, and what pulls its gradient back.
+
+    Args:
+        weight (Tensor): A convolution's weight.
+        eps (float): Added to the standard deviation.
+        dtype (torch.dtype): Of the standardized weight.
+    """
+    with torch.enable_grad():
+        leaf = weight.detach().requires_grad_()
+        value = standardized(leaf, eps).to(dtype)
+
+    def pull_back(grad: Tensor) -> Tensor:
+        return torch.autograd.grad(value, leaf, grad, retain_graph=True)[0]
+
+    return value.detach(), pull_back
+
+
+def filter_rows(weight: Tensor) -> Tensor:
+    """One filter a row."""
+    return _statistics(weight.flatten(1))

@@ -1,0 +1,161 @@
+"""Triton kernels for Weight Standardization: one launch each way."""
+
+import math
+from typing import Callable, Tuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import native_weight
+from .launch import kernel, on_its_device, power_of_2
+
+_ELEMENTS = 4096  # of a filter, at a time
+
+
+@on_its_device
+def standardize_weight(
+    weight: Tensor, eps: float, dtype: torch.dtype
+) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The same as in ``plain``."""
+    layout = _layout(weight)
+    if layout is None:
+        return native_weight.standardize_weight(weight, eps, dtype)
+    filters = weight.shape[0]
+    count = weight.numel() // filters
+    # As in ``fused``: what divides the length tells how much to load at once.
+    unit = math.gcd(count, 8)
+    at_once = min(power_of_2(count), _ELEMENTS)
+    constants = unit, at_once, eps, weight.dtype == torch.float64
+    programs = filters, (count // unit,), constants
+    num_warps = min(max(at_once // 512, 1), 8)
+    result = torch.empty_like(weight, dtype=dtype)
+    _standardize((weight, result), *programs, num_warps)
+
+    @on_its_device
+    def pull_back(grad: Tensor) -> Tensor:
+        grad = grad.contiguous(memory_format=layout)
+        result = torch.empty_like(weight)
+        _pull_back((grad, weight, result), *programs, num_warps)
+        return result
+
+    return result, pull_back
+
+
+def _layout(weight: Tensor):
+    """A layout whose filters follow each other without a gap, or None."""
+    if weight.is_neg():
+        return None
+    if weight.is_contiguous():
+        return torch.contiguous_format
+    for dim, layout in (
+        (4, torch.channels_last),
+        (5, torch.channels_last_3d),
+    ):
+        if weight.dim() == dim and weight.is_contiguous(memory_format=layout):
+            return layout
+    return None
+
+
+@triton.jit
+def _load(pointer, place, inside, like):
+    return tl.load(pointer + place, inside, other=0).to(like.dtype)
+
+
+@kernel('units')
+def _standardize(
+    weight,
+    result,
+    units,
+    UNIT: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    EPS: tl.constexpr,
+    IS_DOUBLE: tl.constexpr,
+):
+    count = units * UNIT
+    start = tl.program_id(0).to(tl.int64) * count
+    weight += start
+    result += start
+    zeros = tl.zeros((ELEMENTS,), tl.float64 if IS_DOUBLE else tl.float32)
+    lane = tl.arange(0, ELEMENTS)
+    total = zeros
+    first = units * 0  # a tensor, as Triton wants it of a loop
+    while first < count:
+        total += _load(weight, first + lane, first + lane < count, zeros)
+        first += ELEMENTS
+    mean = tl.sum(total, 0) / count
+    squares = zeros
+    first = units * 0
+    while first < count:
+        inside = first + lane < count
+        centered = _load(weight, first + lane, inside, zeros) - mean
+        squares += tl.where(inside, centered * centered, 0)
+        first += ELEMENTS
+    inverse = 1 / (tl.sqrt(tl.sum(squares, 0) / (count - 1)) + EPS)
+    first = units * 0
+    while first < count:
+        inside = first + lane < count
+        value = _load(weight, first + lane, inside, zeros) - mean
+        value = (value * inverse).to(result.dtype.element_ty)
+        tl.store(result + first + lane, value, inside)
+        first += ELEMENTS
+
+
+@kernel('units')
+def _pull_back(
+    grad,
+    weight,
+    result,
+    units,
+    UNIT: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    EPS: tl.constexpr,
+    IS_DOUBLE: tl.constexpr,
+):
+    """With c the centred filter, s its deviation and i = 1 / (s + eps)
+
+    i * (g - mean(g)) - i^2 * c * <g, c> / (s * (count - 1)).
+    """
+    count = units * UNIT
+    start = tl.program_id(0).to(tl.int64) * count
+    grad += start
+    weight += start
+    result += start
+    zeros = tl.zeros((ELEMENTS,), tl.float64 if IS_DOUBLE else tl.float32)
+    lane = tl.arange(0, ELEMENTS)
+    total = zeros
+    grad_total = zeros
+    first = units * 0
+    while first < count:
+        inside = first + lane < count
+        total += _load(weight, first + lane, inside, zeros)
+        grad_total += _load(grad, first + lane, inside, zeros)
+        first += ELEMENTS
+    mean = tl.sum(total, 0) / count
+    grad_mean = tl.sum(grad_total, 0) / count
+    squares = zeros
+    product = zeros
+    first = units * 0
+    while first < count:
+        inside = first + lane < count
+        centered = _load(weight, first + lane, inside, zeros) - mean
+        centered = tl.where(inside, centered, 0)
+        squares += centered * centered
+        product += centered * _load(grad, first + lane, inside, zeros)
+        first += ELEMENTS
+    deviation = tl.sqrt(tl.sum(squares, 0) / (count - 1))
+    inverse = 1 / (deviation + EPS)
+    # A constant filter takes no gradient through its deviation.
+    divisor = tl.where(deviation > 0, deviation * (count - 1), 1)
+    slope = inverse * inverse * tl.sum(product, 0) / divisor
+    first = units * 0
+    while first < count:
+        inside = first + lane < count
+        centered = _load(weight, first + lane, inside, zeros) - mean
+        value = _load(grad, first + lane, inside, zeros) - grad_mean
+        value = (value * inverse - centered * slope).to(
+            result.dtype.element_ty
+        )
+        tl.store(result + first + lane, value, inside)
+        first += ELEMENTS
