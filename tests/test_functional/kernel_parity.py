@@ -9,6 +9,7 @@ process begins with TRITON_INTERPRET=1:
 import importlib
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -157,9 +158,7 @@ def check_launches():
                 y = norm(x)
                 forward, launches.names = launches.names, []
                 y.backward(grad)
-        assert forward == [
-            *('add_', '_tile_moments', '_forward', '_affine')
-        ], forward
+        assert forward == [*('_tile_moments', '_forward', '_affine')], forward
         assert launches.names == backward, launches.names
 
 
@@ -186,6 +185,64 @@ def check_devices():
     ):
         check_first_use(fused, torch.device('cpu'), torch.float32)
     assert '_backward' in launched and all(launched.values()), launched
+
+
+def check_compiled(capability):
+    """What is launched again is what Triton would choose."""
+    from triton.compiler import CompiledKernel
+
+    from wsbcn_mm.functional import standardize_weight
+    from wsbcn_mm.functional.kernels.launch import Kernel
+
+    sys.path.append(str(Path(__file__).parents[2] / 'tools' / 'benchmarks'))
+    importlib.import_module('_stand_in').install(capability)
+    fused, launched, again = backend('fused'), [], set()
+    launch, call = CompiledKernel.__getitem__, Kernel.__call__
+
+    def getitem(compiled, grid):
+        launched.append(compiled)
+        return launch(compiled, grid)
+
+    def checked(kernel, tensors, programs, numbers, constants, num_warps=4):
+        launched.clear()
+        call(kernel, tensors, programs, numbers, constants, num_warps)
+        if launched:
+            again.add(kernel.jit.fn.__name__)
+            assert launched == [
+                kernel.jit.run(
+                    *(*tensors, *numbers, *constants),
+                    grid=(programs,),
+                    warmup=True,
+                    num_warps=num_warps,
+                )
+            ]
+
+    with (
+        mock.patch.object(CompiledKernel, '__getitem__', getitem),
+        mock.patch.object(Kernel, '__call__', checked),
+        kernels.use('cpu', fused),
+    ):
+        for shape in (
+            *((1, 64, 8, 8), (2, 64, 8, 8), (3, 64, 5, 7), (1, 12, 96, 96)),
+            *((1, 12, 97, 95), (1, 1, 3, 3), (9, 20, 4, 4), (1, 320, 1, 1)),
+        ):
+            for dtype in (torch.float32, torch.float16):
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    x = torch.ones(shape, dtype=dtype)
+                    shifted = x.new_ones(x.numel() + 1)[1:].view(shape)
+                    x = x.contiguous(memory_format=layout)
+                    for affine in ('group', 'channel'):
+                        norm = BCN(shape[1], 4, channel_affine=affine)
+                        for tensor in (x, shifted, x.clone()):
+                            norm(tensor.requires_grad_()).sum().backward()
+                    if x[0].numel() > 1:
+                        for tensor in (x, shifted, x.clone()):
+                            standardize_weight(tensor).sum().backward()
+    assert again >= {
+        *('_tile_moments', '_forward', '_affine', '_whole_backward'),
+        *('_tile_sums', 'input_coefficients', '_input_grad'),
+        *('_standardize', '_pull_back'),
+    }, again
 
 
 if __name__ == '__main__':

@@ -110,6 +110,20 @@ def test_parity_of_triton_kernels_in_the_interpreter():
     interpret(kernel_parity.__file__, 'fused')
 
 
+def test_triton_is_asked_once_for_each_kind_of_launch():
+    pytest.importorskip('triton')
+    subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            'import kernel_parity as k; k.check_compiled(90)',
+        ],
+        check=True,
+        cwd=Path(__file__).parent,
+        timeout=300,
+    )
+
+
 def interpret(*arguments):
     """Run Python with Triton's interpreter."""
     subprocess.run(
@@ -170,7 +184,8 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
                 signature[name] = 'fp64' if name == 'momentum' else 'i32'
                 continue
             dtype = activations if name in large else statistics
-            signature[name] = '*i64' if name == 'count' else f'*{dtype}'
+            is_count = name in ('count', 'forwards')
+            signature[name] = '*i64' if is_count else f'*{dtype}'
             aligned[(i,)] = [['tt.divisibility', 16]]
         source = ASTSource(kernel.jit, signature, constants, aligned)
         target = compiler.GPUTarget('cuda', capability, 32)
@@ -180,9 +195,11 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
 
     for last, channels, positions in [(False, 1, 4096), (True, 64, 64)]:
         for name in ('_tile_moments', '_affine', '_tile_sums', '_input_grad'):
+            counts = dict(COUNTS=True) if name == '_tile_moments' else {}
             check(
                 getattr(fused, name),
                 ('x', 'grad', 'result'),
+                **counts,
                 CHANNEL_UNIT=16,
                 UNIT=8,
                 CHANNELS_LAST=last,
@@ -198,9 +215,15 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
     )
     for per_channel in (False, True):
         group = dict(EPS=1e-5, PER_CHANNEL=per_channel, SIZE=32)
-        for name in ('_backward', 'input_coefficients'):
+        check(fused_coefficients._backward, (), is_wide=False, **group)
+        for tiles in (1, 32):
             check(
-                getattr(fused_coefficients, name), (), is_wide=False, **group
+                fused_coefficients.input_coefficients,
+                (),
+                is_wide=False,
+                most=255,  # a program for each group: few
+                TILES=tiles,
+                **group,
             )
         for last in (False, True):
             check(
@@ -218,7 +241,7 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
                 fused_coefficients._forward,
                 (),
                 is_wide=False,
-                most=255,  # a program for each group: few
+                most=255,
                 LEARNS=True,
                 AVERAGING=False,
                 ANNEALING=per_channel,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import kernels
 from .coefficients import batch_channel_coefficients
-from .engine import Normalize
+from .engine import differentiable_backward
 from .transforms import is_transformed
 
 
@@ -132,15 +132,25 @@ def learn_and_normalize(
     return result
 
 
-class _LearnAndNormalize(Normalize):
-    """Another forward, with arguments at the same places."""
-
+class _LearnAndNormalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, forward, estimates, settings, *parameters):
-        result, ctx.mean, ctx.var, *moved = forward(
+        result, moved, ctx.pull_back = forward(
             x, *parameters, **estimates, **settings
         )
         ctx.save_for_backward(x, *parameters)
-        ctx.coefficients = BatchChannelCoefficients(*moved, **settings)
-        ctx.scale = ctx.pull_back = None
+        ctx.moved, ctx.settings = moved, settings
         return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: a gradient of gradients
+            wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
+            coefficients = BatchChannelCoefficients(*ctx.moved, **ctx.settings)
+            grads = differentiable_backward(
+                grad, x, parameters, coefficients, wanted
+            )
+        else:
+            grads = ctx.pull_back(grad, x, *parameters)
+        return grads[0], None, None, None, *grads[1:]

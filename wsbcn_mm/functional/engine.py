@@ -13,7 +13,7 @@ would lose all its digits where the mean is large against the spread.
 """
 
 from functools import partial
-from typing import Callable, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def normalize(
     if torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, *parameters)
     ):
-        return Normalize.apply(x, mean, var, coefficients, *parameters)
+        return _Normalize.apply(x, mean, var, coefficients, *parameters)
     forward = getattr(coefficients, 'vjp', coefficients)
     scale, shift = forward(mean, var, *parameters)[:2]
     return kernels.select(x).affine(x, mean, scale, shift)
@@ -145,12 +145,8 @@ def _vjp(
     return scale.detach(), shift.detach(), pull_back
 
 
-class Normalize(torch.autograd.Function):
-    """The three passes of a backward, instead of autograd's many.
-
-    A forward that leaves no ``pull_back`` has coefficients with a
-    ``backward``.
-    """
+class _Normalize(torch.autograd.Function):
+    """The three passes of a backward, instead of autograd's many."""
 
     @staticmethod
     def forward(ctx, x, mean, var, coefficients, *parameters):
@@ -167,19 +163,17 @@ class Normalize(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
-            return Normalize._differentiable_backward(
-                ctx, grad, x, parameters, wanted
+            grads = differentiable_backward(
+                grad, x, parameters, ctx.coefficients, wanted
             )
-        if ctx.pull_back is None or (
-            wanted[0] and hasattr(ctx.coefficients, 'backward')
-        ):
+            return grads[0], None, None, None, *grads[1:]
+        if wanted[0] and hasattr(ctx.coefficients, 'backward'):
             grads = ctx.coefficients.backward(
                 grad, x, ctx.mean, ctx.var, *parameters
             )
             if grads is not None:
-                grad_x, *grad_parameters = grads
-                return grad_x, None, None, None, *grad_parameters
-        grad_x, *grad_parameters = kernels.backward(
+                return grads[0], None, None, None, *grads[1:]
+        grads = kernels.backward(
             kernels.select(x),
             grad,
             x,
@@ -188,17 +182,23 @@ class Normalize(torch.autograd.Function):
             ctx.pull_back,
             wanted[0],
         )
-        return grad_x, None, None, None, *grad_parameters
+        return grads[0], None, None, None, *grads[1:]
 
-    @staticmethod
-    def _differentiable_backward(ctx, grad, x, parameters, wanted):
-        with torch.enable_grad():
-            y = _definition(x, ctx.coefficients, *parameters)
-            inputs = [t for t, w in zip((x, *parameters), wanted) if w]
-            grads = iter(
-                torch.autograd.grad(
-                    y, inputs, grad, create_graph=True, allow_unused=True
-                )
+
+def differentiable_backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    coefficients: Coefficients,
+    wanted: Sequence[bool],
+) -> Tuple[Optional[Tensor], ...]:
+    """The gradients that are wanted, of x and parameters, with a graph."""
+    with torch.enable_grad():
+        y = _definition(x, coefficients, *parameters)
+        inputs = [t for t, w in zip((x, *parameters), wanted) if w]
+        grads = iter(
+            torch.autograd.grad(
+                y, inputs, grad, create_graph=True, allow_unused=True
             )
-        grad_x, *grad_parameters = [next(grads) if w else None for w in wanted]
-        return grad_x, None, None, None, *grad_parameters
+        )
+    return tuple(next(grads) if w else None for w in wanted)

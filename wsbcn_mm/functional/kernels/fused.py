@@ -7,7 +7,7 @@ each way, too.
 """
 
 import math
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 import triton
@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused_coefficients import (
+    ELEMENTS,
+    Shares,
     batch_channel,
     coefficients,
     input_coefficients,
@@ -23,8 +25,6 @@ from .fused_coefficients import (
     of_groups,
     place_of_group,
     pulled_back,
-    room_for_shares,
-    summed,
     through_moments,
 )
 from .fused_weight import standardize_weight
@@ -51,12 +51,16 @@ _ELEMENTS = 4096  # of a tile: 32 a thread
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     tiling = _tiling(x)
-    tiles = _moments_of_tiles(x, tiling)
-    if tiles[0].dim() == 2:
-        return tiles
-    result = tiles[0].new_empty(2, *x.shape[:2]).unbind()
-    join_moments(tiles, result, _positions(tiling), _length(x))
-    return result
+    samples, count = len(x), _count(x, tiling)
+    if count == 1:
+        mean, var = tiles = _small(x, samples, samples)
+    else:
+        rows = samples * count
+        mean, var, *tiles = _small(x, samples, samples, rows, rows)
+    _moments_of_tiles(x, tiles, tiling)
+    if count > 1:
+        join_moments(tiles, (mean, var), _positions(tiling), _length(x))
+    return mean, var
 
 
 @on_its_device
@@ -72,7 +76,10 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     grad = dense(grad, like=x)
-    return _sums(grad, x, center.contiguous(), _tiling(x))
+    tiling = _tiling(x)
+    tiles = _of_tiles(x, tiling)
+    _tile_sums((grad, x, center.contiguous(), *tiles.unbind()), *tiling)
+    return (tiles if tiles.dim() == 3 else tiles.sum(3)).unbind()
 
 
 @on_its_device
@@ -103,16 +110,18 @@ def batch_channel_forward(
     annealing: bool,
     num_groups: int,
     eps: float,
-) -> Tuple[Tensor, ...]:
-    """A whole training forward: four launches, or five for many tiles."""
-    count += 1
+) -> Tuple[Tensor, Tuple[Tensor, Tensor], Callable]:
+    """A whole training forward: three launches, or four for many tiles."""
     x = dense(x)
     tiling = _tiling(x)
-    tiles = _moments_of_tiles(x, tiling)
-    mean, var, scale, shift = tiles[0].new_empty(4, *x.shape[:2]).unbind()
-    if tiles[0].dim() == 2:
-        mean, var = tiles
-    learned = mean.new_empty(2, x.shape[1]).unbind()
+    samples, rows = len(x), len(x) * _count(x, tiling)
+    mean, var, scale, shift, estimates, *tiles = _small(
+        x, *[samples] * 4, 2, rows, rows
+    )
+    if rows == samples:
+        tiles = mean, var
+    estimates = estimates.unbind()
+    _moments_of_tiles(x, tiles, tiling, count)
     coefficients(
         tiles,
         (mean, var, scale, shift),
@@ -122,16 +131,17 @@ def batch_channel_forward(
         eps,
         positions=_positions(tiling),
         length=_length(x),
-        learned=(*learned, count),
+        learned=(*estimates, count),
         momentum=momentum,
         annealing=annealing,
     )
     result = torch.empty_like(x)
     _affine((x, result, mean, scale, shift), *tiling)
-    return result, mean, var, *learned
+    settings = num_groups, eps, tiling
+    pull_back = _pull_back(mean, var, estimates, parameters, *settings)
+    return result, estimates, pull_back
 
 
-@on_its_device
 def batch_channel_backward(
     grad: Tensor,
     x: Tensor,
@@ -145,63 +155,93 @@ def batch_channel_backward(
 ) -> Tuple[Tensor, ...]:
     """A whole backward pass: one launch where a group is a program's."""
     estimates = running_mean.contiguous(), running_var.contiguous()
-    tensors, programs, numbers, constants = of_groups(
-        mean, var, estimates, parameters, num_groups, eps
+    settings = num_groups, eps, _tiling(dense(x))
+    pull_back = _pull_back(mean, var, estimates, parameters, *settings)
+    return pull_back(grad, x, *parameters)
+
+
+def _pull_back(
+    mean: Tensor,
+    var: Tensor,
+    estimates: Tuple[Tensor, Tensor],
+    parameters: Tuple[Tensor, ...],
+    num_groups: int,
+    eps: float,
+    tiling: tuple,
+) -> Callable[..., Tuple[Tensor, ...]]:
+    """From the gradient, ``x`` and the parameters to their gradients."""
+    programs, numbers, constants = of_groups(mean, parameters, num_groups, eps)
+    shares = Shares(mean, parameters)
+
+    @on_its_device
+    def pull_back(
+        grad: Tensor, x: Tensor, *parameters: Tensor
+    ) -> Tuple[Tensor, ...]:
+        x = dense(x)
+        grad = dense(grad, like=x)
+        result = torch.empty_like(x)
+        room = shares.room(mean)
+        small = mean, var, *estimates, *[t.contiguous() for t in parameters]
+        small = small[:-1]  # the last bias has no part in it
+        length = _length(x)
+        unit = math.gcd(length, 8)
+        positions = power_of_2(length)
+        # A float64 takes two registers.
+        registers = constants[-1] * positions * mean.element_size() // 4
+        if registers <= _elements(unit):
+            _whole_backward(
+                (*small, grad, x, result, room),
+                programs,
+                (*numbers, length // unit),
+                (*constants, unit, not x.is_contiguous(), positions),
+                num_warps=_warps(registers),
+            )
+        else:
+            tiles = _of_tiles(x, tiling)
+            _tile_sums((grad, x, mean, *tiles.unbind()), *tiling)
+            count = _count(x, tiling)
+            if count > 1 and constants[-1] * power_of_2(count) > ELEMENTS:
+                tiles, count = tiles.sum(3), 1
+            affine = mean.new_empty(3, *mean.shape).unbind()
+            input_coefficients(
+                (*small, *tiles.unbind(), *affine, room),
+                programs,
+                (*numbers, length, count),
+                (*constants, power_of_2(count)),
+            )
+            _input_grad((grad, x, result, mean, *affine), *tiling)
+        return result, *shares.summed(room)
+
+    return pull_back
+
+
+def _moments_of_tiles(
+    x: Tensor,
+    tiles: Tuple[Tensor, Tensor],
+    tiling: tuple,
+    forwards: Optional[Tensor] = None,
+) -> None:
+    """Fill in the mean and variance of each, and count a forward."""
+    programs, numbers, constants = tiling
+    _tile_moments(
+        (x, *tiles, x if forwards is None else forwards),
+        programs,
+        numbers,
+        (*constants, forwards is not None),
     )
-    x = dense(x)
-    grad = dense(grad, like=x)
-    result = torch.empty_like(x)
-    shares = room_for_shares(mean, parameters)
-    length = _length(x)
-    unit = math.gcd(length, 8)
-    positions = power_of_2(length)
-    # A float64 takes two registers.
-    registers = constants[-1] * positions * mean.element_size() // 4
-    if registers <= _elements(unit):
-        _whole_backward(
-            (*tensors, grad, x, result, shares),
-            programs,
-            (*numbers, length // unit),
-            (*constants, unit, not x.is_contiguous(), positions),
-            num_warps=_warps(registers),
-        )
-    else:
-        tiling = _tiling(x)
-        grad_shift, grad_scale = _sums(grad, x, mean, tiling)
-        small = mean.new_empty(3, *mean.shape).unbind()
-        input_coefficients(
-            (*tensors, grad_scale, grad_shift, *small, shares),
-            programs,
-            (*numbers, length),
-            constants,
-        )
-        _input_grad((grad, x, result, mean, *small), *tiling)
-    return result, *summed(shares, parameters)
 
 
-def _moments_of_tiles(x: Tensor, tiling: tuple) -> Tuple[Tensor, Tensor]:
-    """Mean and variance of each tile.
-
-    Of a channel that is one tile they have the shape of its moments.
-    """
-    tiles = _of_tiles(x, tiling).unbind()
-    _tile_moments((x, *tiles), *tiling)
-    return tiles
-
-
-def _sums(
-    grad: Tensor, x: Tensor, center: Tensor, tiling: tuple
-) -> Tuple[Tensor, Tensor]:
-    """Those of ``reduce``, of tensors in the layout that a kernel works in."""
-    tiles = _of_tiles(x, tiling)
-    _tile_sums((grad, x, center, *tiles.unbind()), *tiling)
-    return (tiles if tiles.dim() == 3 else tiles.sum(3)).unbind()
+def _small(x: Tensor, *rows: int) -> Tuple[Tensor, ...]:
+    """Room for so many rows of a number a channel each, in one block."""
+    dtype = statistics_dtype(x.dtype)
+    block = x.new_empty(sum(rows), x.shape[1], dtype=dtype)
+    return torch.split_with_sizes(block, rows)
 
 
 def _of_tiles(x: Tensor, tiling: tuple) -> Tensor:
-    """Room for two statistics of each tile of each sample's channels."""
+    """Room for two sums of each tile of each sample's channels."""
     shape = 2, *x.shape[:2]
-    count = -(-_length(x) // _positions(tiling))
+    count = _count(x, tiling)
     if count > 1:
         shape = *shape, count
     return x.new_empty(shape, dtype=statistics_dtype(x.dtype))
@@ -246,6 +286,11 @@ def _tiling(x: Tensor) -> Tuple[int, tuple, tuple]:
 def _positions(tiling: Tuple[int, tuple, tuple]) -> int:
     """Of a channel, in a tile."""
     return tiling[2][-1]
+
+
+def _count(x: Tensor, tiling: Tuple[int, tuple, tuple]) -> int:
+    """How many tiles a channel has."""
+    return -(-_length(x) // _positions(tiling))
 
 
 @triton.jit
@@ -300,6 +345,7 @@ def _tile_moments(
     x,
     mean,
     var,
+    forwards,
     channel_units,
     units,
     CHANNEL_UNIT: tl.constexpr,
@@ -307,7 +353,11 @@ def _tile_moments(
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):
+    if COUNTS:  # which the launch that comes after it looks at
+        if tl.program_id(0) == 0:
+            tl.store(forwards, tl.load(forwards) + 1)
     tile, tiles, row, inside, start, offset, mask = _place(
         channel_units,
         units,

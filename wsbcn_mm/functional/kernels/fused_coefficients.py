@@ -7,6 +7,7 @@ arithmetic each, which is what a small layer would spend its time on.
 
 from typing import Optional, Sequence, Tuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from .closed_form import Gradient
 from .launch import kernel, on_its_device, power_of_2
 
-_ELEMENTS = 1024  # moments at a time, of a program: what registers hold
+ELEMENTS = 1024  # moments at a time, of a program: what registers hold
 
 
 @on_its_device
@@ -42,14 +43,19 @@ def batch_channel(
 
     @on_its_device
     def pull_back(grad_scale: Tensor, grad_shift: Tensor):
-        inputs, *programs = of_groups(
-            mean, var, estimates, parameters, *constants
-        )
         grad_mean, grad_var = mean.new_empty(2, *mean.shape)
-        shares = room_for_shares(mean, parameters)
-        grads = grad_scale.contiguous(), grad_shift.contiguous()
-        _backward((*inputs, *grads, grad_mean, grad_var, shares), *programs)
-        return grad_mean, grad_var, *summed(shares, parameters)
+        shares = Shares(mean, parameters)
+        room = shares.room(mean)
+        _backward(
+            (
+                *(mean, var, *estimates),
+                *[t.contiguous() for t in parameters[:3]],
+                *(grad_scale.contiguous(), grad_shift.contiguous()),
+                *(grad_mean, grad_var, room),
+            ),
+            *of_groups(mean, parameters, *constants),
+        )
+        return grad_mean, grad_var, *shares.summed(room)
 
     return scale, shift, pull_back
 
@@ -90,10 +96,10 @@ def coefficients(
     count = tiles[0].numel() // results[0].numel()
     size = power_of_2(channels // num_groups)
     most = power_of_2(count)
-    if most > 1 and most * size > _ELEMENTS:
+    if most > 1 and most * size > ELEMENTS:
         join_moments(tiles, results[:2], positions, length)
         tiles, count, most = results[:2], 1, 1
-    at_once = min(power_of_2(samples), max(_ELEMENTS // (size * most), 1))
+    at_once = min(power_of_2(samples), max(ELEMENTS // (size * most), 1))
     _forward(
         (
             *(*tiles, *results, *estimates, *(learned or results[:3])),
@@ -129,33 +135,33 @@ def join_moments(
 
 
 def of_groups(
-    mean: Tensor,
-    var: Tensor,
-    estimates: Tuple[Tensor, Tensor],
-    parameters: Sequence[Tensor],
-    num_groups: int,
-    eps: float,
-) -> Tuple[Tuple[Tensor, ...], int, tuple, tuple]:
-    """Tensors, then numbers and constants of a program for each group."""
+    mean: Tensor, parameters: Sequence[Tensor], num_groups: int, eps: float
+) -> Tuple[int, tuple, tuple]:
+    """A program for each sample's group: their number, numbers, constants."""
     samples, channels = mean.shape
-    tensors = mean, var, *estimates, *[t.contiguous() for t in parameters[:3]]
     per_channel = parameters[2].numel() != num_groups
     return (
-        tensors,
         samples * num_groups,
         (channels, num_groups),
         (eps, per_channel, power_of_2(channels // num_groups)),
     )
 
 
-def room_for_shares(mean: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Room for each sample's share in the gradients of the parameters."""
-    return mean.new_empty(len(mean), sum([t.numel() for t in parameters]))
+class Shares:
+    """Each sample's shares in the gradients of the parameters."""
 
+    def __init__(self, mean: Tensor, parameters: Sequence[Tensor]):
+        self._sizes = [t.numel() for t in parameters]
+        self._shape = mean.shape[0], sum(self._sizes)
 
-def summed(shares: Tensor, parameters: Sequence[Tensor]):
-    grads = shares[0] if len(shares) == 1 else shares.sum(0)
-    return grads.split([t.numel() for t in parameters])
+    def room(self, like: Tensor) -> Tensor:
+        """Where kernels put them."""
+        return like.new_empty(self._shape)
+
+    def summed(self, shares: Tensor) -> Tuple[Tensor, ...]:
+        """The gradients."""
+        grads = shares.sum(0) if self._shape[0] > 1 else shares[0]
+        return torch.split_with_sizes(grads, self._sizes)
 
 
 @triton.jit
@@ -493,7 +499,7 @@ def through_moments(grad_mean, grad_var, scale, grad_shift, length):
     return 2 * grad_var / length, (grad_mean - scale * grad_shift) / length
 
 
-@kernel('channels', 'groups', 'length')
+@kernel('channels', 'groups', 'length', 'tiles')
 def input_coefficients(
     mean,
     var,
@@ -502,8 +508,8 @@ def input_coefficients(
     batch_weight,
     batch_bias,
     weight,
-    grad_scale,
     grad_shift,
+    grad_scale,
     scale,
     slope,
     offset,
@@ -511,14 +517,27 @@ def input_coefficients(
     channels,
     groups,
     length,
+    tiles,
     EPS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     SIZE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """Those that the gradient of the activations is affine with."""
+    """Those that the gradient of the activations is affine with.
+
+    From the sums over tiles that the gradients of shift and scale are.
+    """
     sample, _, channel, inside, _ = place_of_group(channels, groups, SIZE)
     row = sample * channels + channel
-    t = load(grad_shift, row, inside, mean)
+    if TILES == 1:
+        t = load(grad_shift, row, inside, mean)
+        s = load(grad_scale, row, inside, mean)
+    else:
+        tile = tl.arange(0, TILES)[None, :]
+        at = (row.to(tl.int64) * tiles)[:, None] + tile
+        there = inside[:, None] & (tile < tiles)
+        t = tl.sum(load(grad_shift, at, there, mean), 1)
+        s = tl.sum(load(grad_scale, at, there, mean), 1)
     s, of_mean, of_var = pulled_back(
         mean,
         var,
@@ -527,7 +546,7 @@ def input_coefficients(
         batch_weight,
         batch_bias,
         weight,
-        load(grad_scale, row, inside, mean),
+        s,
         t,
         shares,
         channels,
