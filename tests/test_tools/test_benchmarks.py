@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,6 +83,25 @@ def test_conv_ws(benchmark):
         assert ours['saved_mib'] < theirs['saved_mib']
 
 
+def test_launch_cost(tmp_path):
+    """In a process of its own, whose Triton has another driver."""
+    pytest.importorskip('triton')
+    subprocess.run(
+        [
+            *(sys.executable, FOLDER / 'launch_cost.py', '--device', 'cpu'),
+            *('--small', '--repeats', '3', '--out', tmp_path),
+        ],
+        check=True,
+    )
+    written = json.loads((tmp_path / 'launch_cost.json').read_text())
+    launches = {r['layer']: r['launches'] for r in written['results']}
+    # What the README says.
+    assert launches['BCN, small map'] == 3 + 1
+    assert launches['BCN, large map'] == 3 + 3
+    assert launches['ConvWS'] == 1 + 1
+    assert (tmp_path / 'launch_cost.png').exists()
+
+
 def test_the_convolutions_are_those_of_resnet50(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     from torchvision.models import resnet50
@@ -131,6 +151,4 @@ def test_a_missing_gpu_is_named(benchmark):
 
 
 def test_the_driver_is_valid_shell():
-    import subprocess
-
     subprocess.run(['bash', '-n', str(FOLDER / 'run_all.sh')], check=True)

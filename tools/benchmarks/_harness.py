@@ -10,7 +10,7 @@ import statistics
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List
+from typing import Callable, Dict, Iterable, List, Optional
 
 import mmcv
 import mmengine
@@ -20,6 +20,7 @@ from rich.progress import track
 import wsbcn_mm
 
 STATISTICS = {'median': statistics.median, 'minimum': min}
+REPLAYS = 10
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 
@@ -121,6 +122,35 @@ def seconds(
             if repeat >= 0:
                 times[name].append(clock() - start)
     return {name: STATISTICS[args.statistic](t) for name, t in times.items()}
+
+
+def without_launching(function: Callable) -> Optional[Callable]:
+    """The GPU's part of a call, a number of times (``REPLAYS``) in a row.
+
+    A graph of its launches is made once, so that none of them waits for the
+    processor. None where that fails, as of what waits for the GPU.
+    """
+    # Captured are launches alone: what is done once is done before, on
+    # another stream, as torch's notes on graphs have it.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError as error:
+        print(f'no graph of its launches: {error}')
+        return None
+
+    def replay():
+        for _ in range(REPLAYS):
+            graph.replay()
+
+    return replay
 
 
 def copy_bandwidth(size: int, args: argparse.Namespace) -> float:

@@ -4,14 +4,19 @@ Forward and backward of one layer in training, in shapes of ResNet-50-FPN.
 The floor is 8 passes over the activations at the speed of a copy: 2 reads and
 a write forward, 4 reads and a write backward.
 
+On a GPU "ms" is as long as the processor takes to launch a layer where that is
+longer; "GPU ms" is the time without it, of a graph of its launches.
+
     python tools/benchmarks/norm_layers.py --device cpu --threads 2
 """
 
 import importlib
+import math
 from contextlib import nullcontext
 
 import torch
 from _harness import (
+    REPLAYS,
     bar_plot,
     begin,
     copy_bandwidth,
@@ -24,6 +29,7 @@ from _harness import (
     report,
     saved_bytes,
     seconds,
+    without_launching,
 )
 from _variants import (
     AuthorsBCN,
@@ -87,7 +93,7 @@ def variants(device, shape):
 
 
 def step(layer, kernel, x, dtype, device):
-    """Forward and backward, and forward alone."""
+    """Forward alone, and forward and backward."""
     autocast = (
         torch.autocast(device, dtype)
         if dtype != torch.float32
@@ -99,13 +105,12 @@ def step(layer, kernel, x, dtype, device):
             return layer(x)
 
     grad = torch.randn_like(forward())
+    inputs = x, *layer.parameters()
 
     def both():
         y = forward()
         with kernel():
-            y.backward(grad)
-        x.grad = None
-        layer.zero_grad()
+            torch.autograd.grad(y, inputs, grad)
 
     return forward, both
 
@@ -125,6 +130,13 @@ def measure(shape, dtype, layout, args):
         )
     times = seconds(functions, args)
     floor = PASSES * size / copy_bandwidth(size, args)
+    on_gpu = times
+    if args.device == 'cuda':
+        graphs = {n: without_launching(f) for n, f in functions.items()}
+        made = {n: graph for n, graph in graphs.items() if graph}
+        on_gpu = dict.fromkeys(functions, math.nan)
+        for name, time in seconds(made, args).items():
+            on_gpu[name] = time / REPLAYS
     for name, time in times.items():
         rows[name].update(
             shape=shape,
@@ -133,7 +145,9 @@ def measure(shape, dtype, layout, args):
             layer=name,
             ms=time * 1e3,
             over_group_norm=time / times['GroupNorm'],
-            over_floor=time / floor,
+            gpu_ms=on_gpu[name] * 1e3,
+            gpu_over_group_norm=on_gpu[name] / on_gpu['GroupNorm'],
+            over_floor=on_gpu[name] / floor,
             floor_ms=floor * 1e3,
         )
     return list(rows.values())
@@ -161,6 +175,10 @@ def summary(results):
                 geometric_mean([b / r['ms'] for b, r in zip(bcn, mine)]),
                 geometric_mean([r['over_floor'] for r in mine]),
                 sum(r['saved_mib'] for r in mine),
+                *(
+                    geometric_mean([r[key] for r in mine])
+                    for key in ('gpu_ms', 'gpu_over_group_norm')
+                ),
                 sum(r['peak_mib'] for r in mine),
                 max(r['launches'] for r in mine),
             ]
@@ -199,11 +217,12 @@ def main(argv=None):
         results += measure(*setting, args)
     header = [
         'dtype', 'layout', 'layer', 'ms', '/ GroupNorm', 'BCN / it',
-        '/ floor', 'saved MiB', 'peak MiB', 'launches',
+        '/ floor', 'saved MiB', 'GPU ms', '/ GroupNorm', 'peak MiB',
+        'launches',
     ]  # fmt: skip
     rows = list(summary(results))
-    if not on_cuda:  # neither is measured
-        header, rows = header[:-2], [row[:-2] for row in rows]
+    if not on_cuda:  # none of the last is measured
+        header, rows = header[:-4], [row[:-4] for row in rows]
     table = markdown(header, rows)
     report(args.out, 'norm_layers', args, results, table)
     for dtype in dtypes:
@@ -215,7 +234,9 @@ def main(argv=None):
             ]
             bars = {}
             for r in chosen:
-                bars.setdefault(r['layer'], []).append(r['over_group_norm'])
+                bars.setdefault(r['layer'], []).append(
+                    r['gpu_over_group_norm']
+                )
             bar_plot(
                 args.out / f'norm_layers_{dtype}_{layout}.png',
                 ['x'.join(map(str, shape)) for shape in shapes],

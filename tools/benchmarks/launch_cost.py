@@ -1,0 +1,136 @@
+"""How long is the processor busy with a layer, while a GPU waits for it?
+
+At one image the launches of a layer, not its arithmetic, are often what takes
+time on a fast GPU. Measured are forward and backward of a chain of layers on
+tiny inputs, without waiting for the GPU.
+
+Where there is none, a stand-in for Triton's driver takes the launches of our
+kernels, and does nothing. What the driver itself would take for each launch,
+some 2 to 3 microseconds, is missing then: multiply by the launches. PyTorch's
+layers run on the processor, and what they would launch is not counted.
+
+    python tools/benchmarks/launch_cost.py
+"""
+
+import time
+from contextlib import nullcontext
+from unittest import mock
+
+import _stand_in
+import torch
+from _harness import (
+    STATISTICS,
+    bar_plot,
+    begin,
+    each,
+    launches,
+    markdown,
+    parser,
+    report,
+    synchronize,
+)
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
+from torch import nn
+
+from wsbcn_mm import BCN, ConvWS
+from wsbcn_mm.functional import kernels
+
+CHANNELS = 64
+SMALL, LARGE = (1, CHANNELS, 8, 8), (1, CHANNELS, 96, 96)
+CONV = dict(kernel_size=1, bias=False)
+LAYERS = {
+    'GroupNorm': (SMALL, lambda: nn.GroupNorm(32, CHANNELS)),
+    'BatchNorm': (SMALL, lambda: nn.BatchNorm2d(CHANNELS)),
+    'BCN, small map': (SMALL, lambda: BCN(CHANNELS)),
+    'BCN, large map': (LARGE, lambda: BCN(CHANNELS)),
+    'Conv2d': (SMALL, lambda: nn.Conv2d(CHANNELS, CHANNELS, **CONV)),
+    'mmcv ConvWS': (
+        SMALL,
+        lambda: ConvWS2d(CHANNELS, CHANNELS, **CONV),
+    ),
+    'ConvWS': (SMALL, lambda: ConvWS(CHANNELS, CHANNELS, **CONV)),
+}
+OURS = {'BCN, small map', 'BCN, large map', 'ConvWS'}
+
+
+def measure(name, depth, args):
+    shape, layer = LAYERS[name]
+    net = nn.Sequential(*[layer() for _ in range(depth)]).to(args.device)
+    x = torch.randn(shape, device=args.device, requires_grad=True)
+    inputs, grad = (x, *net.parameters()), torch.randn_like(net(x))
+    stands_in = args.device == 'cpu' and name in OURS
+    if stands_in:
+        from wsbcn_mm.functional.kernels import fused, launch
+
+        kernel = kernels.use('cpu', fused)
+    else:
+        kernel = nullcontext()
+    times = []
+    with kernel:
+        for repeat in range(-2, args.repeats):
+            synchronize(args.device)
+            start = time.perf_counter()
+            y = net(x)
+            between = time.perf_counter()
+            torch.autograd.grad(y, inputs, grad)
+            end = time.perf_counter()
+            if repeat >= 0:
+                times.append((between - start, end - between))
+
+        def both():
+            torch.autograd.grad(net(x), inputs, grad)
+
+        if stands_in:
+            call = mock.Mock()
+            with mock.patch.object(launch.Kernel, '__call__', call):
+                both()
+            count = call.call_count
+        else:
+            count = launches(both, args.device)
+    forward, backward = (
+        STATISTICS[args.statistic](t) / depth * 1e6 for t in zip(*times)
+    )
+    return dict(
+        layer=name,
+        forward_us=forward,
+        backward_us=backward,
+        launches=count / depth,
+        stands_in=stands_in,
+    )
+
+
+def main(argv=None):
+    options = parser(__doc__.split('\n')[0], 'launch_cost')
+    args = options.parse_args(argv)
+    begin(args)
+    if args.device == 'cpu':
+        _stand_in.install()
+    depth = 2 if args.small else 20
+    results = [
+        measure(name, depth, args) for name in each(list(LAYERS), 'Layers')
+    ]
+    header = ['layer', 'forward us', 'backward us', 'both', 'launches']
+    rows = [
+        [
+            r['layer'],
+            r['forward_us'],
+            r['backward_us'],
+            r['forward_us'] + r['backward_us'],
+            r['launches'] or '-',
+        ]
+        for r in results
+    ]
+    report(args.out, 'launch_cost', args, results, markdown(header, rows))
+    bar_plot(
+        args.out / 'launch_cost.png',
+        [r['layer'] for r in results],
+        {
+            way: [r[f'{way}_us'] for r in results]
+            for way in ('forward', 'backward')
+        },
+        "the processor's time [us]",
+    )
+
+
+if __name__ == '__main__':
+    main()
