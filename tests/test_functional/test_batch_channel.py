@@ -1,12 +1,23 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from wsbcn_mm.functional import BatchChannelCoefficients, moments, normalize
-from wsbcn_mm.functional.engine import _vjp
+from wsbcn_mm.functional import (
+    BatchChannelCoefficients,
+    LargeBatchChannelCoefficients,
+    batch_statistics,
+    moments,
+    normalize,
+)
+from wsbcn_mm.functional.engine import autograd_vjp
 
 F64 = torch.float64
+
+
+def without_closed_form(mean, var):
+    """As where they come from several processes."""
+    return batch_statistics(mean, var)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -16,11 +27,13 @@ F64 = torch.float64
     per_group=st.integers(1, 5),
     affine=st.sampled_from(['group', 'channel']),
     offset=st.sampled_from([0, 100]),
+    statistics=st.sampled_from([None, batch_statistics, without_closed_form]),
     seed=st.integers(0, 99),
 )
 def test_closed_form_is_the_gradient_of_the_definition(
-    samples, num_groups, per_group, affine, offset, seed
+    samples, num_groups, per_group, affine, offset, statistics, seed
 ):
+    assume(samples or not statistics)
     torch.manual_seed(seed)
     channels = num_groups * per_group
     pairs = num_groups if affine == 'group' else channels
@@ -30,15 +43,20 @@ def test_closed_form_is_the_gradient_of_the_definition(
         torch.randn(n, dtype=F64, requires_grad=True)
         for n in (channels, channels, pairs, pairs)
     ]
-    coefficients = BatchChannelCoefficients(
-        torch.randn(channels, dtype=F64) + offset,
-        torch.rand(channels, dtype=F64) + 0.1,
-        num_groups,
-        1e-5,
-    )
+    if statistics:
+        coefficients = LargeBatchChannelCoefficients(
+            num_groups, 1e-5, statistics
+        )
+    else:
+        coefficients = BatchChannelCoefficients(
+            torch.randn(channels, dtype=F64) + offset,
+            torch.rand(channels, dtype=F64) + 0.1,
+            num_groups,
+            1e-5,
+        )
     kept = mean.clone(), var.clone()
     scale, shift, pull_back = coefficients.vjp(mean, var, *parameters)
-    expected = _vjp(coefficients, mean, var, *parameters)
+    expected = autograd_vjp(coefficients, mean, var, *parameters)
     torch.testing.assert_close((scale, shift), expected[:2])
     grads = torch.randn(2, samples, channels, dtype=F64)
     # Twice, as with retain_graph.

@@ -1,6 +1,10 @@
 """Pure tensor mathematics: no modules, no registry, no state."""
 
-from .batch_channel import BatchChannelCoefficients, learn_and_normalize
+from .batch_channel import (
+    BatchChannelCoefficients,
+    LargeBatchChannelCoefficients,
+    learn_and_normalize,
+)
 from .coefficients import (
     batch_channel_coefficients,
     batch_group_coefficients,
@@ -19,6 +23,7 @@ from .weight_normalization import centralize_weight, normalize_weight
 
 __all__ = [
     'BatchChannelCoefficients',
+    'LargeBatchChannelCoefficients',
     'SharedWeight',
     'batch_channel_coefficients',
     'batch_group_coefficients',

@@ -1,14 +1,20 @@
 """Batch-Channel Normalization: coefficients, their gradient, a forward."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from . import kernels
-from .coefficients import batch_channel_coefficients
-from .engine import differentiable_backward
+from .coefficients import (
+    Statistics,
+    batch_channel_coefficients,
+    batch_statistics,
+    large_batch_channel_coefficients,
+)
+from .engine import autograd_vjp, differentiable_backward
 from .transforms import is_transformed
 
 
@@ -90,6 +96,73 @@ class BatchChannelCoefficients:
             num_groups=self.num_groups,
             eps=self.eps,
         )
+
+
+@dataclass(eq=False)
+class LargeBatchChannelCoefficients:
+    r"""The same with the batch's own statistics, and gradients through them.
+
+    In the notation of :class:`BatchChannelCoefficients`, with sums over the
+    samples,
+
+    .. math::
+        \bar \mu = -a \sum_n \bar m', \qquad
+        \overline{\sigma^2} = -\tfrac12 \frac{a}{\sigma^2 + \epsilon}
+        \sum_n \bar a
+
+    Args:
+        num_groups (int): Number of channel groups.
+        eps (float): Added to both variances.
+        statistics (Callable): From moments to the batch's mean and variance
+            of each channel. Without a ``vjp`` autograd differentiates it.
+            Default: :func:`batch_statistics`
+    """
+
+    num_groups: int
+    eps: float
+    statistics: Statistics = batch_statistics
+
+    def __call__(
+        self, mean: Tensor, var: Tensor, *parameters: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        """``scale`` and ``shift``: batch weight and bias, weight and bias."""
+        return large_batch_channel_coefficients(
+            mean,
+            var,
+            *parameters,
+            num_groups=self.num_groups,
+            eps=self.eps,
+            statistics=self.statistics,
+        )
+
+    def vjp(
+        self, mean: Tensor, var: Tensor, *parameters: Tensor
+    ) -> kernels.Gradient:
+        """``scale``, ``shift``, and from their gradients those of the rest."""
+        statistics_vjp = getattr(self.statistics, 'vjp', None) or partial(
+            autograd_vjp, self.statistics
+        )
+        batch_mean, batch_var, to_moments = statistics_vjp(mean, var)
+        scale, shift, of_the_rest = kernels.select(mean).batch_channel(
+            mean,
+            var,
+            *parameters,
+            running_mean=batch_mean,
+            running_var=batch_var,
+            num_groups=self.num_groups,
+            eps=self.eps,
+        )
+
+        def pull_back(grad_scale: Tensor, grad_shift: Tensor):
+            grad_mean, grad_var, *grads = of_the_rest(grad_scale, grad_shift)
+            inverse_std = (batch_var + self.eps).rsqrt()
+            a = parameters[0] * inverse_std
+            through_mean, through_var = to_moments(
+                -a * grads[1], -0.5 * a * inverse_std * grads[0]
+            )
+            return grad_mean + through_mean, grad_var + through_var, *grads
+
+        return scale, shift, pull_back
 
 
 def learn_and_normalize(

@@ -6,6 +6,7 @@ Each takes the moments ``mean`` and ``var``, shape (N, C), first and returns
 
 from typing import Callable, Optional, Tuple
 
+import torch
 from torch import Tensor
 
 Statistics = Callable[[Tensor, Tensor], Tuple[Tensor, Tensor]]
@@ -35,6 +36,25 @@ def batch_statistics(
     batch_mean = average(mean)
     center = batch_mean if center is None else center
     return batch_mean, average(var + (mean - center).square())
+
+
+def _vjp(mean: Tensor, var: Tensor):
+    """The statistics, and from their gradients those of the moments."""
+    batch_mean, batch_var = batch_statistics(mean, var)
+
+    def pull_back(grad_mean: Tensor, grad_var: Tensor):
+        share = grad_var / len(mean)
+        # The mean that squares are taken about has no part in it: they are
+        # least about it.
+        of_mean = torch.addcmul(
+            grad_mean / len(mean), mean - batch_mean, share, value=2
+        )
+        return of_mean, share.expand_as(mean)
+
+    return batch_mean, batch_var, pull_back
+
+
+batch_statistics.vjp = _vjp
 
 
 def group_coefficients(

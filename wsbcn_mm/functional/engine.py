@@ -118,7 +118,7 @@ def _definition(
     return kernels.plain.affine(x, mean, scale, shift)
 
 
-def _vjp(
+def autograd_vjp(
     coefficients: Coefficients, mean: Tensor, var: Tensor, *parameters: Tensor
 ):
     """What a gradient in closed form would give, by autograd."""
@@ -150,7 +150,9 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mean, var, coefficients, *parameters):
-        vjp = getattr(coefficients, 'vjp', None) or partial(_vjp, coefficients)
+        vjp = getattr(coefficients, 'vjp', None) or partial(
+            autograd_vjp, coefficients
+        )
         scale, shift, ctx.pull_back = vjp(mean, var, *parameters)
         # Parameters, to be told if one is edited before the backward pass.
         ctx.save_for_backward(x, *parameters)

@@ -39,11 +39,7 @@ class Batch:
         """Whether statistics over ``channels`` are those of one value."""
         return self.num_positions * channels == 1
 
-    def statistics(
-        self, mean: Tensor, var: Tensor, center: Optional[Tensor] = None
-    ) -> Tuple[Tensor, Tensor]:
-        """See :func:`wsbcn_mm.functional.batch_statistics`."""
-        return batch_statistics(mean, var, center)
+    statistics = staticmethod(batch_statistics)
 
     def sum(self, value: Tensor) -> Tensor:
         """A sum over the batch, from this process's share of it."""

@@ -1,5 +1,4 @@
 import warnings
-from functools import partial
 from typing import Optional, Tuple
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 
 from ..functional import (
     BatchChannelCoefficients,
-    large_batch_channel_coefficients,
+    LargeBatchChannelCoefficients,
     learn_and_normalize,
     moments,
     normalize,
@@ -198,10 +197,8 @@ class BCN(RunningStatistics, NormBase):
             if batch and not in_backward():
                 estimates = self._update(batch, mean, var)
             if batch and not self.estimate:
-                coefficients = partial(
-                    large_batch_channel_coefficients,
-                    statistics=batch.statistics,
-                    **settings,
+                coefficients = LargeBatchChannelCoefficients(
+                    statistics=batch.statistics, **settings
                 )
         if coefficients is None:
             coefficients = BatchChannelCoefficients(

@@ -1,9 +1,9 @@
 """Triton kernels for CUDA, one launch a pass, in either layout.
 
 A program has a tile of channels and positions of one sample. Reductions leave
-a value a tile, which one more launch brings together where a channel has
-several tiles. The coefficients of Batch-Channel Normalization take one launch
-each way, too.
+a value a tile, and what comes next brings those of a channel together: the
+coefficients of Batch-Channel Normalization, which take one launch each way, or
+a launch of its own.
 """
 
 import math
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused_coefficients import (
-    ELEMENTS,
+    AT_ONCE,
     Shares,
     batch_channel,
     coefficients,
@@ -115,11 +115,9 @@ def batch_channel_forward(
     x = dense(x)
     tiling = _tiling(x)
     samples, rows = len(x), len(x) * _count(x, tiling)
-    mean, var, scale, shift, estimates, *tiles = _small(
-        x, *[samples] * 4, 2, rows, rows
-    )
-    if rows == samples:
-        tiles = mean, var
+    mean, var, scale, shift, estimates = _small(x, *[samples] * 4, 2)
+    # By themselves, since the backward pass has no need of them.
+    tiles = _small(x, rows, rows) if rows > samples else (mean, var)
     estimates = estimates.unbind()
     _moments_of_tiles(x, tiles, tiling, count)
     coefficients(
@@ -200,7 +198,7 @@ def _pull_back(
             tiles = _of_tiles(x, tiling)
             _tile_sums((grad, x, mean, *tiles.unbind()), *tiling)
             count = _count(x, tiling)
-            if count > 1 and constants[-1] * power_of_2(count) > ELEMENTS:
+            if count > 1 and constants[-1] * power_of_2(count) > AT_ONCE:
                 tiles, count = tiles.sum(3), 1
             affine = mean.new_empty(3, *mean.shape).unbind()
             input_coefficients(

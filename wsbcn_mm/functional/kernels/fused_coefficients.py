@@ -15,7 +15,7 @@ from torch import Tensor
 from .closed_form import Gradient
 from .launch import kernel, on_its_device, power_of_2
 
-ELEMENTS = 1024  # moments at a time, of a program: what registers hold
+AT_ONCE = 1024  # moments in a program's registers
 
 
 @on_its_device
@@ -96,10 +96,10 @@ def coefficients(
     count = tiles[0].numel() // results[0].numel()
     size = power_of_2(channels // num_groups)
     most = power_of_2(count)
-    if most > 1 and most * size > ELEMENTS:
+    if most > 1 and most * size > AT_ONCE:
         join_moments(tiles, results[:2], positions, length)
         tiles, count, most = results[:2], 1, 1
-    at_once = min(power_of_2(samples), max(ELEMENTS // (size * most), 1))
+    at_once = min(power_of_2(samples), max(AT_ONCE // (size * most), 1))
     _forward(
         (
             *(*tiles, *results, *estimates, *(learned or results[:3])),
