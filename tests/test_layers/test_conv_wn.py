@@ -1,4 +1,5 @@
 import copy
+import gc
 import math
 
 import mmcv.cnn
@@ -157,3 +158,18 @@ def test_bad_arguments():
     # A filter of one weight has a norm, if no deviation.
     y = ConvWN(8, 8, 1, groups=8)(torch.randn(1, 8, 3, 3))
     assert y.isfinite().all()
+
+
+def count_tensors():
+    gc.collect()
+    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+@pytest.mark.parametrize('layer', CLASSES)
+def test_steps_leave_nothing_behind(layer):
+    """A graph whose hooks hold an output of its own is never freed."""
+    conv, x, counts = layer(4, 6, 3), torch.randn(1, 4, 5, 5), []
+    for _ in range(4):
+        conv(x).sum().backward()
+        counts.append(count_tensors())
+    assert counts[1] == counts[3]

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,17 @@ def test_launch_cost(tmp_path):
     assert launches['BCN, large map'] == 3 + 3
     assert launches['ConvWS'] == 1 + 1
     assert (tmp_path / 'launch_cost.png').exists()
+
+
+def test_what_is_saved_is_counted_and_let_go(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    saved_bytes, outputs = importlib.import_module('_harness').saved_bytes, []
+
+    def forward():
+        outputs.append(weakref.ref(torch.ones(8, requires_grad=True).exp()))
+
+    assert saved_bytes(forward) == 8 * 4
+    assert outputs[0]() is None
 
 
 def test_the_convolutions_are_those_of_resnet50(monkeypatch):

@@ -168,7 +168,8 @@ def saved_bytes(function: Callable) -> int:
     def pack(tensor):
         storage = tensor.untyped_storage()
         memory[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Without its graph, which it would hold on to as its output.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         function()

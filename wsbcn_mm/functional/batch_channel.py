@@ -200,8 +200,9 @@ def learn_and_normalize(
         )
     else:
         result = forward(x, *parameters, **estimates, **settings)[0]
-    for t in running:  # unknown to autograd, in a kernel
-        torch.autograd.graph.increment_version(t)
+    for t in running:
+        if not t.is_inference():  # autograd knows nothing of it
+            torch.autograd.graph.increment_version(t)
     return result
 
 

@@ -85,9 +85,12 @@ class SharedWeight:
             leaf.requires_grad_(w)
         with ExitStack() as modes:
             modes.enter_context(torch.enable_grad())
-            # Saved tensors that are no business of the hooks around this.
+            # Saved tensors that are no business of the hooks around this, and
+            # without the graph that they would hold on to as its outputs.
             modes.enter_context(
-                torch.autograd.graph.saved_tensors_hooks(_same, _same)
+                torch.autograd.graph.saved_tensors_hooks(
+                    torch.Tensor.detach, _same
+                )
             )
             value = self.recomputed(*leaves)
 

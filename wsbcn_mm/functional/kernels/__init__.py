@@ -10,11 +10,15 @@ has shape (N, C, *), the small tensors have shape (N, C) and the dtype that
 - ``input_grad(grad, x, center, scale, slope, offset) ->
   grad * scale + (x - center) * slope + offset``
 
-and two for the small tensors:
+two for the small tensors:
 
 - ``batch_channel``, Batch-Channel Normalization's coefficients and their
   gradient
 - ``moved_estimates``, its estimates after a batch
+
+and one for weights:
+
+- ``standardize_weight``, Weight Standardization and its gradient
 
 It may have ``batch_channel_backward`` too, a whole backward pass that reads
 memory less often than :func:`backward`, and ``batch_channel_forward``, a whole

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import native_weight
 from .launch import kernel, on_its_device, power_of_2
+from .layout import dense
 
 _ELEMENTS = 4096  # of a filter, at a time
 
@@ -19,9 +19,7 @@ def standardize_weight(
     weight: Tensor, eps: float, dtype: torch.dtype
 ) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The same as in ``plain``."""
-    layout = _layout(weight)
-    if layout is None:
-        return native_weight.standardize_weight(weight, eps, dtype)
+    weight = dense(weight)
     filters = weight.shape[0]
     count = weight.numel() // filters
     # As in ``fused``: what divides the length tells how much to load at once.
@@ -35,27 +33,12 @@ def standardize_weight(
 
     @on_its_device
     def pull_back(grad: Tensor) -> Tensor:
-        grad = grad.contiguous(memory_format=layout)
+        grad = dense(grad, like=weight)
         result = torch.empty_like(weight)
         _pull_back((grad, weight, result), *programs, num_warps)
         return result
 
     return result, pull_back
-
-
-def _layout(weight: Tensor):
-    """A layout whose filters follow each other without a gap, or None."""
-    if weight.is_neg():
-        return None
-    if weight.is_contiguous():
-        return torch.contiguous_format
-    for dim, layout in (
-        (4, torch.channels_last),
-        (5, torch.channels_last_3d),
-    ):
-        if weight.dim() == dim and weight.is_contiguous(memory_format=layout):
-            return layout
-    return None
 
 
 @triton.jit

@@ -12,8 +12,6 @@ from torch.torch_version import TorchVersion
 # Before, what was compiled wanted no constants among its arguments.
 _IS_LAUNCHED_WITH_CONSTANTS = TorchVersion(triton.__version__) >= '3.3'
 
-_current_device = torch.cuda.current_device
-
 
 class Kernel:
     """A Triton kernel, and what was compiled of it.
@@ -83,7 +81,9 @@ def on_its_device(function: Callable) -> Callable:
     @wraps(function)
     def launch(tensor: Tensor, *args, **kwargs):
         # The usual case, sooner than a guard that changes nothing.
-        if tensor.is_cuda and _current_device() == tensor.get_device():
+        if tensor.is_cuda and (
+            torch.cuda.current_device() == tensor.get_device()
+        ):
             return function(tensor, *args, **kwargs)
         with torch.cuda.device_of(tensor):
             return function(tensor, *args, **kwargs)
