@@ -106,6 +106,22 @@ def _check_layer(name, dtype, tolerance):
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
+def check_layout_of_what_was_saved(name):
+    """Hooks, as those that move activations elsewhere, may change it."""
+    x = torch.randn(2, 8, 48, 48).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    results = []
+    for pack in (lambda t: t, torch.Tensor.contiguous):
+        norm = BCN(8, 2)
+        with (
+            kernels.use('cpu', backend(name)),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        ):
+            y = norm(x).square().sum()
+            results.append(torch.autograd.grad(y, (x, *norm.parameters())))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 class Launches(TorchDispatchMode):
     """The names of what would be launched on a GPU."""
 
@@ -254,5 +270,6 @@ def check_compiled(capability):
 if __name__ == '__main__':
     run(sys.argv[1], 'cpu', 30)
     check_layer(sys.argv[1])
+    check_layout_of_what_was_saved(sys.argv[1])
     check_launches()
     print('parity holds')

@@ -135,8 +135,7 @@ def batch_channel_forward(
     )
     result = torch.empty_like(x)
     _affine((x, result, mean, scale, shift), *tiling)
-    settings = num_groups, eps, tiling
-    pull_back = _pull_back(mean, var, estimates, parameters, *settings)
+    pull_back = _pull_back(mean, var, estimates, parameters, num_groups, eps)
     return result, estimates, pull_back
 
 
@@ -153,8 +152,7 @@ def batch_channel_backward(
 ) -> Tuple[Tensor, ...]:
     """A whole backward pass: one launch where a group is a program's."""
     estimates = running_mean.contiguous(), running_var.contiguous()
-    settings = num_groups, eps, _tiling(dense(x))
-    pull_back = _pull_back(mean, var, estimates, parameters, *settings)
+    pull_back = _pull_back(mean, var, estimates, parameters, num_groups, eps)
     return pull_back(grad, x, *parameters)
 
 
@@ -165,7 +163,6 @@ def _pull_back(
     parameters: Tuple[Tensor, ...],
     num_groups: int,
     eps: float,
-    tiling: tuple,
 ) -> Callable[..., Tuple[Tensor, ...]]:
     """From the gradient, ``x`` and the parameters to their gradients."""
     programs, numbers, constants = of_groups(mean, parameters, num_groups, eps)
@@ -195,6 +192,7 @@ def _pull_back(
                 num_warps=_warps(registers),
             )
         else:
+            tiling = _tiling(x)  # hooks may have changed its layout
             tiles = _of_tiles(x, tiling)
             _tile_sums((grad, x, mean, *tiles.unbind()), *tiling)
             count = _count(x, tiling)

@@ -1,6 +1,6 @@
 """How a Triton kernel is launched."""
 
-from functools import reduce, wraps
+from functools import partial, reduce
 from operator import or_
 from typing import Callable, Dict, Sequence, Tuple
 
@@ -78,14 +78,12 @@ def on_its_device(function: Callable) -> Callable:
     device='cuda:1')`` leaves it at the first.
     """
 
-    @wraps(function)
-    def launch(tensor: Tensor, *args, **kwargs):
-        # The usual case, sooner than a guard that changes nothing.
-        if tensor.is_cuda and (
-            torch.cuda.current_device() == tensor.get_device()
-        ):
-            return function(tensor, *args, **kwargs)
-        with torch.cuda.device_of(tensor):
-            return function(tensor, *args, **kwargs)
+    return partial(_launch, function)
 
-    return launch
+
+def _launch(function: Callable, tensor: Tensor, *args, **kwargs):
+    # The usual case, sooner than a guard that changes nothing.
+    if tensor.is_cuda and torch.cuda.current_device() == tensor.get_device():
+        return function(tensor, *args, **kwargs)
+    with torch.cuda.device_of(tensor):
+        return function(tensor, *args, **kwargs)
