@@ -192,6 +192,7 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
         ptx = compile(source, target=target, options=options).asm['ptx']
         assert not is_wide or wide in ptx
         assert registers(ptx, capability) <= most
+        return ptx
 
     for last, channels, positions in [(False, 1, 4096), (True, 64, 64)]:
         for name in ('_tile_moments', '_affine', '_tile_sums', '_input_grad'):
@@ -237,7 +238,7 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
                 **group,
             )
         for samples, size, tiles in [(32, 32, 1), (8, 8, 16), (1, 64, 16)]:
-            check(
+            ptx = check(
                 fused_coefficients._forward,
                 (),
                 is_wide=False,
@@ -250,6 +251,8 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
                 TILES=tiles,
                 **{**group, 'SIZE': size},
             )
+            # No thread moves estimates that another has yet to look at.
+            assert 0 < ptx.index('bar.sync') < ptx.index('st.global')
     for elements in (256, 4096):
         for name in ('_standardize', '_pull_back'):
             check(

@@ -1,7 +1,7 @@
 """One value of a function of parameters, for several calls."""
 
 from contextlib import ExitStack
-from typing import Callable, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class SharedWeight:
         self,
         function: Callable[..., Tensor],
         *tensors: Tensor,
-        dtype: torch.dtype = None,
+        dtype: Optional[torch.dtype] = None,
         **settings,
     ):
         self.function, self.settings = function, settings
