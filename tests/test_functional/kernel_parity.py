@@ -15,10 +15,6 @@ from unittest import mock
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-)
 
 from wsbcn_mm import BCN
 from wsbcn_mm.functional import kernels
@@ -28,6 +24,7 @@ from wsbcn_mm.functional.kernels.parity import (
     check_first_use,
 )
 
+sys.path.append(str(Path(__file__).parents[2] / 'tools' / 'benchmarks'))
 LAYOUTS = {
     3: ['contiguous', 'strided'],
     4: ['contiguous', 'channels_last', 'strided'],
@@ -122,48 +119,9 @@ def check_layout_of_what_was_saved(name):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-class Launches(TorchDispatchMode):
-    """The names of what would be launched on a GPU."""
-
-    VIEWS = {
-        'detach',
-        'expand',
-        'select',
-        'split_with_sizes',
-        'unbind',
-        'view',
-    }
-    EMPTY = {'empty', 'empty_like', 'new_empty'}
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def run(self, kernel, *args, **kwargs):
-        self.names.append(kernel.fn.__name__)
-        with _disable_current_modes():  # the interpreter's operations
-            return self._run(kernel, *args, **kwargs)
-
-    @contextmanager
-    def counted(self, kernel_type):
-        """Of Triton's kernels and of PyTorch's operations."""
-        self._run = kernel_type.run
-        kernel_type.run = lambda *args, **kwargs: self.run(*args, **kwargs)
-        try:
-            with self:
-                yield
-        finally:
-            kernel_type.run = self._run
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in self.VIEWS | self.EMPTY:
-            self.names.append(name)
-        return func(*args, **kwargs or {})
-
-
 def check_launches():
     """What the README says of the launches of a layer on CUDA."""
+    Launches = importlib.import_module('_launches').Launches
     fused = backend('fused')
     for shape, backward in (
         ((4, 64, 7, 7), ['_whole_backward', 'sum']),
@@ -176,7 +134,7 @@ def check_launches():
         x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
         with kernels.use('cpu', fused):
             launches = Launches()
-            with launches.counted(type(fused._affine.jit)):
+            with launches.counted():
                 y = norm(x)
                 forward, launches.names = launches.names, []
                 y.backward(grad)
@@ -216,7 +174,6 @@ def check_compiled(capability):
     from wsbcn_mm.functional import standardize_weight
     from wsbcn_mm.functional.kernels.launch import Kernel
 
-    sys.path.append(str(Path(__file__).parents[2] / 'tools' / 'benchmarks'))
     importlib.import_module('_stand_in').install(capability)
     fused, launched, again = backend('fused'), [], set()
     launch, call = CompiledKernel.__getitem__, Kernel.__call__

@@ -99,7 +99,7 @@ def test_launch_cost(tmp_path):
     # What the README says.
     assert launches['BCN, small map'] == 3 + 1
     assert launches['BCN, large map'] == 3 + 3
-    assert launches['ConvWS'] == 1 + 1
+    assert launches['ConvWS'] == launches['Conv2d'] + 1 + 1
     assert (tmp_path / 'launch_cost.png').exists()
 
 

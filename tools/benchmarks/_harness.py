@@ -99,6 +99,17 @@ def _keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def give_back_memory(device: str) -> None:
+    """Let what was freed be, so that what comes next finds it as the first.
+
+    Else it would be scattered over whatever the largest one left.
+    """
+    if device == 'cuda':
+        torch.cuda.empty_cache()
+    elif hasattr(ctypes.CDLL(None), 'malloc_trim'):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def synchronize(device: str) -> None:
     if device == 'cuda':
         torch.cuda.synchronize()

@@ -16,6 +16,7 @@ from _harness import (
     bar_plot,
     begin,
     each,
+    give_back_memory,
     markdown,
     parser,
     report,
@@ -156,8 +157,7 @@ def main(argv=None):
     results = []
     for name in each(args.variants, 'Mask R-CNN'):
         results.append(dict(variant=name, **run(name, args, height, width)))
-        if args.device == 'cuda':
-            torch.cuda.empty_cache()
+        give_back_memory(args.device)
     base = next(
         (r for r in results if r['variant'] == "GN + mmcv's ConvWS"),
         results[0],
