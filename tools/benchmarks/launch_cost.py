@@ -16,7 +16,6 @@ as Group Normalization, are several.
 import time
 from contextlib import nullcontext
 
-import _stand_in
 import torch
 from _harness import (
     STATISTICS,
@@ -29,13 +28,22 @@ from _harness import (
     report,
     synchronize,
 )
-from _launches import Launches
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from torch import nn
 
 from wsbcn_mm import BCN, BGN, MABN, ConvWS
 from wsbcn_mm.functional import kernels
-from wsbcn_mm.functional.kernels import fused
+
+try:
+    import _stand_in
+    from _launches import Launches
+
+    from wsbcn_mm.functional.kernels import fused
+except ImportError as error:
+    raise SystemExit(
+        f'error: {error}. It is about the launches of Triton kernels: '
+        'install triton.'
+    ) from None
 
 CHANNELS = 64
 SMALL, LARGE = (1, CHANNELS, 8, 8), (1, CHANNELS, 96, 96)
