@@ -5,10 +5,9 @@ time on a fast GPU. Measured are forward and backward of a chain of layers on
 tiny inputs, without waiting for the GPU.
 
 Where there is none, a stand-in for Triton's driver takes the launches of our
-kernels, and does nothing. What the driver itself would take for each launch,
-some 2 to 3 microseconds, is missing then: multiply by the launches. PyTorch's
-operations run on the processor, and each counts as one launch, though some,
-as Group Normalization, are several.
+kernels, and does nothing. What the driver itself would take for each launch
+is missing then. PyTorch's operations run on the processor, and each counts as
+one launch, though some, as Group Normalization, are several.
 
     python tools/benchmarks/launch_cost.py
 """
