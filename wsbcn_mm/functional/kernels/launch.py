@@ -18,9 +18,10 @@ class Kernel:
 
     Triton looks at every argument of every launch to tell which code it is
     for, which on small layers takes the processor longer than the GPU is busy.
-    It is asked once here for each kind of arguments: dtypes, constants, warps.
-    The rest is the same for all: numbers have no part in it, and tensors begin
-    at 16 bytes. For a tensor that does not, Triton is asked.
+    Here it is asked once for each kind of launch: device, dtypes, constants,
+    warps. Nothing else makes a difference: code is the same for all numbers,
+    and for all tensors that begin at a multiple of 16 bytes. For one that does
+    not, Triton is asked each time.
 
     Args:
         function (Callable): Tensors, numbers and constants, in this order.
