@@ -112,24 +112,19 @@ def test_parity_of_triton_kernels_in_the_interpreter():
 
 def test_triton_is_asked_once_for_each_kind_of_launch():
     pytest.importorskip('triton')
-    subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            'import kernel_parity as k; k.check_compiled(90)',
-        ],
-        check=True,
-        cwd=Path(__file__).parent,
-        timeout=300,
-    )
+    python('-c', 'import kernel_parity as k; k.check_compiled(90)')
 
 
 def interpret(*arguments):
     """Run Python with Triton's interpreter."""
+    python(*arguments, TRITON_INTERPRET='1')
+
+
+def python(*arguments, **environment):
     subprocess.run(
         [sys.executable, *arguments],
         check=True,
-        env={**os.environ, 'TRITON_INTERPRET': '1'},
+        env={**os.environ, **environment},
         cwd=Path(__file__).parent,
         timeout=300,
     )

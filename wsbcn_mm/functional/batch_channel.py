@@ -1,7 +1,6 @@
 """Batch-Channel Normalization: coefficients, their gradient, a forward."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Optional, Tuple
 
 import torch
@@ -14,7 +13,7 @@ from .coefficients import (
     batch_statistics,
     large_batch_channel_coefficients,
 )
-from .engine import autograd_vjp, differentiable_backward
+from .engine import differentiable_backward, vjp_of, wants_graph
 from .transforms import is_transformed
 
 
@@ -139,10 +138,7 @@ class LargeBatchChannelCoefficients:
         self, mean: Tensor, var: Tensor, *parameters: Tensor
     ) -> kernels.Gradient:
         """``scale``, ``shift``, and from their gradients those of the rest."""
-        statistics_vjp = getattr(self.statistics, 'vjp', None) or partial(
-            autograd_vjp, self.statistics
-        )
-        batch_mean, batch_var, to_moments = statistics_vjp(mean, var)
+        batch_mean, batch_var, to_moments = vjp_of(self.statistics)(mean, var)
         scale, shift, of_the_rest = kernels.select(mean).batch_channel(
             mean,
             var,
@@ -192,9 +188,7 @@ def learn_and_normalize(
     if forward is None or not all(t.is_contiguous() for t in running):
         return None
     settings = dict(num_groups=num_groups, eps=eps)
-    if torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, *parameters)
-    ):
+    if wants_graph(x, *parameters):
         result = _LearnAndNormalize.apply(
             x, forward, estimates, settings, *parameters
         )

@@ -101,9 +101,7 @@ def normalize(
     """
     if is_transformed(x, *parameters):
         return _definition(x, coefficients, *parameters)
-    if torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, *parameters)
-    ):
+    if wants_graph(x, *parameters):
         return _Normalize.apply(x, mean, var, coefficients, *parameters)
     forward = getattr(coefficients, 'vjp', coefficients)
     scale, shift = forward(mean, var, *parameters)[:2]
@@ -118,8 +116,18 @@ def _definition(
     return kernels.plain.affine(x, mean, scale, shift)
 
 
+def wants_graph(*tensors: Tensor) -> bool:
+    """Whether a result of these is to be differentiated."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def vjp_of(function: Callable) -> Callable:
+    """A function's ``vjp``, or what autograd makes of it."""
+    return getattr(function, 'vjp', None) or partial(autograd_vjp, function)
+
+
 def autograd_vjp(
-    coefficients: Coefficients, mean: Tensor, var: Tensor, *parameters: Tensor
+    function: Coefficients, mean: Tensor, var: Tensor, *parameters: Tensor
 ):
     """What a gradient in closed form would give, by autograd."""
     with torch.enable_grad():
@@ -127,7 +135,7 @@ def autograd_vjp(
         inputs += [
             p.detach().requires_grad_(p.requires_grad) for p in parameters
         ]
-        scale, shift = coefficients(*inputs)
+        scale, shift = function(*inputs)
 
     def pull_back(grad_scale: Tensor, grad_shift: Tensor):
         wanted = [t for t in inputs if t.requires_grad]
@@ -150,9 +158,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mean, var, coefficients, *parameters):
-        vjp = getattr(coefficients, 'vjp', None) or partial(
-            autograd_vjp, coefficients
-        )
+        vjp = vjp_of(coefficients)
         scale, shift, ctx.pull_back = vjp(mean, var, *parameters)
         # Parameters, to be told if one is edited before the backward pass.
         ctx.save_for_backward(x, *parameters)

@@ -51,16 +51,11 @@ _ELEMENTS = 4096  # of a tile: 32 a thread
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     tiling = _tiling(x)
-    samples, count = len(x), _count(x, tiling)
-    if count == 1:
-        mean, var = tiles = _small(x, samples, samples)
-    else:
-        rows = samples * count
-        mean, var, *tiles = _small(x, samples, samples, rows, rows)
-    _moments_of_tiles(x, tiles, tiling)
-    if count > 1:
-        join_moments(tiles, (mean, var), _positions(tiling), _length(x))
-    return mean, var
+    result = _small(x, len(x), len(x))
+    tiles = _moments_of_tiles(x, result, tiling)
+    if tiles is not result:
+        join_moments(tiles, result, _positions(tiling), _length(x))
+    return result
 
 
 @on_its_device
@@ -76,9 +71,7 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     grad = dense(grad, like=x)
-    tiling = _tiling(x)
-    tiles = _of_tiles(x, tiling)
-    _tile_sums((grad, x, center.contiguous(), *tiles.unbind()), *tiling)
+    tiles = _sums_of_tiles(grad, x, center.contiguous(), _tiling(x))
     return (tiles if tiles.dim() == 3 else tiles.sum(3)).unbind()
 
 
@@ -114,12 +107,9 @@ def batch_channel_forward(
     """A whole training forward: three launches, or four for many tiles."""
     x = dense(x)
     tiling = _tiling(x)
-    samples, rows = len(x), len(x) * _count(x, tiling)
-    mean, var, scale, shift, estimates = _small(x, *[samples] * 4, 2)
-    # By themselves, since the backward pass has no need of them.
-    tiles = _small(x, rows, rows) if rows > samples else (mean, var)
+    mean, var, scale, shift, estimates = _small(x, *[len(x)] * 4, 2)
     estimates = estimates.unbind()
-    _moments_of_tiles(x, tiles, tiling, count)
+    tiles = _moments_of_tiles(x, (mean, var), tiling, count)
     coefficients(
         tiles,
         (mean, var, scale, shift),
@@ -193,8 +183,7 @@ def _pull_back(
             )
         else:
             tiling = _tiling(x)  # hooks may have changed its layout
-            tiles = _of_tiles(x, tiling)
-            _tile_sums((grad, x, mean, *tiles.unbind()), *tiling)
+            tiles = _sums_of_tiles(grad, x, mean, tiling)
             count = _count(x, tiling)
             if count > 1 and constants[-1] * power_of_2(count) > AT_ONCE:
                 tiles, count = tiles.sum(3), 1
@@ -213,18 +202,38 @@ def _pull_back(
 
 def _moments_of_tiles(
     x: Tensor,
-    tiles: Tuple[Tensor, Tensor],
+    result: Tuple[Tensor, Tensor],
     tiling: tuple,
     forwards: Optional[Tensor] = None,
-) -> None:
-    """Fill in the mean and variance of each, and count a forward."""
+) -> Tuple[Tensor, Tensor]:
+    """Mean and variance of each tile, and one more of ``forwards``.
+
+    Those of channels that are one tile are the result, and filled in there.
+    """
     programs, numbers, constants = tiling
+    rows = len(x) * _count(x, tiling)
+    # By themselves, since a backward pass has no need of them.
+    tiles = _small(x, rows, rows) if rows > len(x) else result
     _tile_moments(
         (x, *tiles, x if forwards is None else forwards),
         programs,
         numbers,
         (*constants, forwards is not None),
     )
+    return tiles
+
+
+def _sums_of_tiles(
+    grad: Tensor, x: Tensor, center: Tensor, tiling: tuple
+) -> Tensor:
+    """Those of ``reduce``, of each tile, shape (2, N, C) or (2, N, C, *)."""
+    shape = 2, *x.shape[:2]
+    count = _count(x, tiling)
+    if count > 1:
+        shape = *shape, count
+    tiles = x.new_empty(shape, dtype=statistics_dtype(x.dtype))
+    _tile_sums((grad, x, center, *tiles.unbind()), *tiling)
+    return tiles
 
 
 def _small(x: Tensor, *rows: int) -> Tuple[Tensor, ...]:
@@ -232,15 +241,6 @@ def _small(x: Tensor, *rows: int) -> Tuple[Tensor, ...]:
     dtype = statistics_dtype(x.dtype)
     block = x.new_empty(sum(rows), x.shape[1], dtype=dtype)
     return torch.split_with_sizes(block, rows)
-
-
-def _of_tiles(x: Tensor, tiling: tuple) -> Tensor:
-    """Room for two sums of each tile of each sample's channels."""
-    shape = 2, *x.shape[:2]
-    count = _count(x, tiling)
-    if count > 1:
-        shape = *shape, count
-    return x.new_empty(shape, dtype=statistics_dtype(x.dtype))
 
 
 def _length(x: Tensor) -> int:

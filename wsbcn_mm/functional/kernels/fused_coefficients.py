@@ -220,6 +220,31 @@ def _join_moments(
 
 
 @triton.jit
+def _some_samples(
+    tile_mean,
+    tile_var,
+    first,
+    samples,
+    channels,
+    channel,
+    inside,
+    length,
+    tiles,
+    POSITIONS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Their channels' rows, which of them there are, and their moments."""
+    sample = first + tl.arange(0, SAMPLES)[:, None]
+    there = inside & (sample < samples)
+    row = sample.to(tl.int64) * channels + channel
+    m, v = _joined(
+        tile_mean, tile_var, row, there, length, tiles, POSITIONS, TILES
+    )
+    return row, there, m, v
+
+
+@triton.jit
 def _normalized(
     mean,
     var,
@@ -297,17 +322,18 @@ def _forward(
         squares = tl.zeros_like(old_mean)
         first = samples * 0  # a tensor, as Triton wants it of a loop
         while first < samples:
-            sample = first + tl.arange(0, SAMPLES)[:, None]
-            there = inside & (sample < samples)
-            row = sample.to(tl.int64) * channels + channel
-            m, v = _joined(
+            _, there, m, v = _some_samples(
                 tile_mean,
                 tile_var,
-                row,
-                there,
+                first,
+                samples,
+                channels,
+                channel,
+                inside,
                 length,
                 tiles,
                 POSITIONS,
+                SAMPLES,
                 TILES,
             )
             m = tl.where(there, m - old_mean, 0)
@@ -341,17 +367,18 @@ def _forward(
     beta = load(bias, pair, inside, mean)
     first = samples * 0
     while first < samples:
-        sample = first + tl.arange(0, SAMPLES)[:, None]
-        there = inside & (sample < samples)
-        row = sample.to(tl.int64) * channels + channel
-        m, v = _joined(
+        row, there, m, v = _some_samples(
             tile_mean,
             tile_var,
-            row,
-            there,
+            first,
+            samples,
+            channels,
+            channel,
+            inside,
             length,
             tiles,
             POSITIONS,
+            SAMPLES,
             TILES,
         )
         if TILES > 1:

@@ -1,7 +1,7 @@
 """Does a backend compute what the definition does?"""
 
 from types import ModuleType
-from typing import Callable, Tuple
+from typing import Callable, List, Tuple
 
 import torch
 from torch import Tensor
@@ -107,12 +107,10 @@ def _check_batch_channel(
     backend: ModuleType, x: Tensor, grad: Tensor, mean: Tensor, var: Tensor
 ) -> None:
     channels = mean.shape[1]
-    num_groups = 2 if channels % 2 == 0 else 1
+    num_groups = _num_groups(channels)
     for pairs in (num_groups, channels):
-        sizes = (channels, channels, pairs, pairs, channels, channels)
         *parameters, running_mean, running_var = (
-            (_waves((size,), step) + 1.5).to(mean)
-            for step, size in enumerate(sizes, 1)
+            t.to(mean) for t in _parameters(channels, pairs)
         )
         inputs = [mean, var, *parameters]
         constants = dict(num_groups=num_groups, eps=1e-5)
@@ -204,16 +202,14 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
     wide = x.double().cpu()
     dtype = plain.statistics_dtype(x.dtype)
     channels = x.shape[1]
-    num_groups = 2 if channels % 2 == 0 else 1
+    num_groups = _num_groups(channels)
     constants = dict(num_groups=num_groups, eps=1e-5)
     for pairs, momentum, annealing in (
         (num_groups, 0.1, True),
         (channels, None, False),
     ):
-        sizes = (channels, channels, pairs, pairs, channels, channels)
         *parameters, mean, var = (
-            (_waves((size,), step) + 1.5).to(dtype)
-            for step, size in enumerate(sizes, 1)
+            t.to(dtype) for t in _parameters(channels, pairs)
         )
         count = torch.tensor(3)
         moved = [t.to(x.device, copy=True) for t in (mean, var, count)]
@@ -293,6 +289,16 @@ def _check_weight(
         raise RuntimeError(
             f'grad of weight: {got.dtype}, expected {weight.dtype}'
         )
+
+
+def _num_groups(channels: int) -> int:
+    return 2 if channels % 2 == 0 else 1
+
+
+def _parameters(channels: int, pairs: int) -> List[Tensor]:
+    """Batch weight and bias, weight and bias, and the two estimates."""
+    sizes = (channels, channels, pairs, pairs, channels, channels)
+    return [_waves((n,), step) + 1.5 for step, n in enumerate(sizes, 1)]
 
 
 def _waves(shape, step: float) -> Tensor:
