@@ -85,15 +85,18 @@ def run(name, device, examples, dtypes=tuple(TOLERANCE)):
 def check_layer(name):
     """Two steps of a BCN, and one in evaluation, as with the definition."""
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 4e-2)):
-        _check_layer(name, dtype, tolerance)
+        _check_layer(name, dtype, tolerance, 7, momentum=0.1)
+        _check_layer(name, dtype, tolerance, 7, momentum=0.1, estimate=False)
+    # Where a fourth sample, of zeros, would be divided by zero.
+    _check_layer(name, torch.float32, 1e-3, 33, momentum=0.0, eps=0.0)
 
 
-def _check_layer(name, dtype, tolerance):
+def _check_layer(name, dtype, tolerance, length, **arguments):
     results = []
     for module in (kernels.plain, backend(name)):
         torch.manual_seed(0)
-        norm = BCN(12, num_groups=4, momentum=0.1).to(dtype)
-        x = torch.randn(3, 12, 7, 7).to(dtype).requires_grad_()
+        norm = BCN(12, num_groups=4, **arguments).to(dtype)
+        x = torch.randn(3, 12, length, length).to(dtype).requires_grad_()
         with kernels.use('cpu', module):
             for _ in range(2):
                 norm(x).square().mul(x.detach()).sum().backward()
@@ -123,14 +126,14 @@ def check_launches():
     """What the README says of the launches of a layer on CUDA."""
     Launches = importlib.import_module('_launches').Launches
     fused = backend('fused')
-    for shape, backward in (
-        ((4, 64, 7, 7), ['_whole_backward', 'sum']),
-        (
-            (1, 64, 50, 76),
-            ['_tile_sums', 'input_coefficients', '_input_grad'],
-        ),
+    three = ['_tile_sums', '_input_coefficients', '_input_grad']
+    for shape, estimate, backward in (
+        ((4, 64, 7, 7), True, ['_whole_backward', 'sum']),
+        ((4, 64, 7, 7), False, three),
+        ((2, 64, 50, 76), True, three),
+        ((2, 64, 50, 76), False, three),
     ):
-        norm = BCN(64, momentum_annealing=True)
+        norm = BCN(64, momentum_annealing=True, estimate=estimate)
         x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
         with kernels.use('cpu', fused):
             launches = Launches()
@@ -210,8 +213,17 @@ def check_compiled(capability):
                     x = torch.ones(shape, dtype=dtype)
                     shifted = x.new_ones(x.numel() + 1)[1:].view(shape)
                     x = x.contiguous(memory_format=layout)
-                    for affine in ('group', 'channel'):
-                        norm = BCN(shape[1], 4, channel_affine=affine)
+                    for affine, estimate in (
+                        ('group', True),
+                        ('channel', True),
+                        ('group', shape[2:] == (1, 1)),
+                    ):
+                        norm = BCN(
+                            shape[1],
+                            4,
+                            channel_affine=affine,
+                            estimate=estimate,
+                        )
                         for tensor in (x, shifted, x.clone()):
                             norm(tensor.requires_grad_()).sum().backward()
                     if x[0].numel() > 1:
@@ -219,7 +231,7 @@ def check_compiled(capability):
                             standardize_weight(tensor).sum().backward()
     assert again >= {
         *('_tile_moments', '_forward', '_affine', '_whole_backward'),
-        *('_tile_sums', 'input_coefficients', '_input_grad'),
+        *('_tile_sums', '_input_coefficients', '_input_grad'),
         *('_standardize', '_pull_back'),
     }, again
 

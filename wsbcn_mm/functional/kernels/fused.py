@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused_coefficients import (
-    AT_ONCE,
     Shares,
     batch_channel,
     coefficients,
@@ -101,14 +100,15 @@ def batch_channel_forward(
     count: Tensor,
     momentum: Optional[float],
     annealing: bool,
+    estimate: bool,
     num_groups: int,
     eps: float,
 ) -> Tuple[Tensor, Tuple[Tensor, Tensor], Callable]:
     """A whole training forward: three launches, or four for many tiles."""
     x = dense(x)
     tiling = _tiling(x)
-    mean, var, scale, shift, estimates = _small(x, *[len(x)] * 4, 2)
-    estimates = estimates.unbind()
+    mean, var, scale, shift, used = _small(x, *[len(x)] * 4, 2)
+    used = used.unbind()
     tiles = _moments_of_tiles(x, (mean, var), tiling, count)
     coefficients(
         tiles,
@@ -119,14 +119,17 @@ def batch_channel_forward(
         eps,
         positions=_positions(tiling),
         length=_length(x),
-        learned=(*estimates, count),
+        learned=(*used, count),
         momentum=momentum,
         annealing=annealing,
+        estimate=estimate,
     )
     result = torch.empty_like(x)
     _affine((x, result, mean, scale, shift), *tiling)
-    pull_back = _pull_back(mean, var, estimates, parameters, num_groups, eps)
-    return result, estimates, pull_back
+    pull_back = _pull_back(
+        mean, var, used, parameters, num_groups, eps, estimate
+    )
+    return result, used, pull_back
 
 
 def batch_channel_backward(
@@ -149,14 +152,14 @@ def batch_channel_backward(
 def _pull_back(
     mean: Tensor,
     var: Tensor,
-    estimates: Tuple[Tensor, Tensor],
+    statistics: Tuple[Tensor, Tensor],
     parameters: Tuple[Tensor, ...],
     num_groups: int,
     eps: float,
+    estimate: bool = True,
 ) -> Callable[..., Tuple[Tensor, ...]]:
     """From the gradient, ``x`` and the parameters to their gradients."""
     programs, numbers, constants = of_groups(mean, parameters, num_groups, eps)
-    shares = Shares(mean, parameters)
 
     @on_its_device
     def pull_back(
@@ -165,37 +168,40 @@ def _pull_back(
         x = dense(x)
         grad = dense(grad, like=x)
         result = torch.empty_like(x)
-        room = shares.room(mean)
-        small = mean, var, *estimates, *[t.contiguous() for t in parameters]
-        small = small[:-1]  # the last bias has no part in it
         length = _length(x)
         unit = math.gcd(length, 8)
         positions = power_of_2(length)
         # A float64 takes two registers.
         registers = constants[-1] * positions * mean.element_size() // 4
-        if registers <= _elements(unit):
+        if estimate and registers <= _elements(unit):
+            shares = Shares(mean, parameters)
             _whole_backward(
-                (*small, grad, x, result, room),
+                (
+                    *(mean, var, *statistics),
+                    *[t.contiguous() for t in parameters[:3]],
+                    *(grad, x, result, shares.room),
+                ),
                 programs,
                 (*numbers, length // unit),
                 (*constants, unit, not x.is_contiguous(), positions),
                 num_warps=_warps(registers),
             )
-        else:
-            tiling = _tiling(x)  # hooks may have changed its layout
-            tiles = _sums_of_tiles(grad, x, mean, tiling)
-            count = _count(x, tiling)
-            if count > 1 and constants[-1] * power_of_2(count) > AT_ONCE:
-                tiles, count = tiles.sum(3), 1
-            affine = mean.new_empty(3, *mean.shape).unbind()
-            input_coefficients(
-                (*small, *tiles.unbind(), *affine, room),
-                programs,
-                (*numbers, length, count),
-                (*constants, power_of_2(count)),
-            )
-            _input_grad((grad, x, result, mean, *affine), *tiling)
-        return result, *shares.summed(room)
+            return result, *shares.summed()
+        tiling = _tiling(x)  # hooks may have changed its layout
+        affine = mean.new_empty(3, *mean.shape).unbind()
+        grads = input_coefficients(
+            (mean, var),
+            statistics,
+            parameters,
+            _sums_of_tiles(grad, x, mean, tiling),
+            affine,
+            num_groups,
+            eps,
+            length=length,
+            estimate=estimate,
+        )
+        _input_grad((grad, x, result, mean, *affine), *tiling)
+        return result, *grads
 
     return pull_back
 

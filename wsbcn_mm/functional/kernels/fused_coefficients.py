@@ -15,7 +15,9 @@ from torch import Tensor
 from .closed_form import Gradient
 from .launch import kernel, on_its_device, power_of_2
 
-AT_ONCE = 1024  # moments in a program's registers
+# Numbers of a kind in a program's registers. A backward pass has more kinds.
+_AT_ONCE = 1024
+_AT_ONCE_BACKWARD = 512
 
 
 @on_its_device
@@ -45,17 +47,16 @@ def batch_channel(
     def pull_back(grad_scale: Tensor, grad_shift: Tensor):
         grad_mean, grad_var = mean.new_empty(2, *mean.shape)
         shares = Shares(mean, parameters)
-        room = shares.room(mean)
         _backward(
             (
                 *(mean, var, *estimates),
                 *[t.contiguous() for t in parameters[:3]],
                 *(grad_scale.contiguous(), grad_shift.contiguous()),
-                *(grad_mean, grad_var, room),
+                *(grad_mean, grad_var, shares.room),
             ),
             *of_groups(mean, parameters, *constants),
         )
-        return grad_mean, grad_var, *shares.summed(room)
+        return grad_mean, grad_var, *shares.summed()
 
     return scale, shift, pull_back
 
@@ -73,6 +74,7 @@ def coefficients(
     learned: Optional[Tuple[Tensor, Tensor, Tensor]] = None,
     momentum: Optional[float] = 0.0,
     annealing: bool = False,
+    estimate: bool = True,
 ) -> None:
     """Fill in the mean, the variance, the scale and the shift, in one launch.
 
@@ -88,18 +90,19 @@ def coefficients(
         positions (int): In a tile.
         length (int): Number of positions.
         learned (tuple[Tensor] | None): Where to put the mean and the variance
-            that the estimates are moved to, in place, before they are used,
-            and the number of this forward. Default: None, they stay.
+            that are used, and the number of this forward: the estimates are
+            moved, in place. Default: None, they stay.
         momentum, annealing: See :func:`rate_of_forward`.
+        estimate (bool): Whether the estimates are used, once moved, or the
+            batch's own statistics.
     """
     samples, channels = results[0].shape
     count = tiles[0].numel() // results[0].numel()
     size = power_of_2(channels // num_groups)
     most = power_of_2(count)
-    if most > 1 and most * size > AT_ONCE:
+    if most > 1 and most * size > _AT_ONCE:
         join_moments(tiles, results[:2], positions, length)
         tiles, count, most = results[:2], 1, 1
-    at_once = min(power_of_2(samples), max(AT_ONCE // (size * most), 1))
     _forward(
         (
             *(*tiles, *results, *estimates, *(learned or results[:3])),
@@ -112,9 +115,69 @@ def coefficients(
         ),
         (
             *(eps, parameters[2].numel() != num_groups, learned is not None),
-            *(momentum is None, annealing, positions, at_once, size, most),
+            *(estimate, momentum is None, annealing, positions),
+            *(_at_once(samples, size * most, _AT_ONCE), size, most),
         ),
     )
+
+
+def input_coefficients(
+    moments: Tuple[Tensor, Tensor],
+    statistics: Tuple[Tensor, Tensor],
+    parameters: Sequence[Tensor],
+    sums: Tensor,
+    results: Tuple[Tensor, Tensor, Tensor],
+    num_groups: int,
+    eps: float,
+    *,
+    length: int,
+    estimate: bool = True,
+) -> Tuple[Tensor, ...]:
+    """Fill in the scale, the slope and the offset of a backward pass.
+
+    Args:
+        moments (tuple[Tensor]): Mean and variance of each channel, (N, C).
+        statistics (tuple[Tensor]): What was normalized with, shape (C,).
+        parameters (Sequence[Tensor]): Batch weight and bias, weight and bias.
+        sums (Tensor): Of the gradient, and of its products with the centred
+            input, in each channel or in tiles of it: (2, N, C) or
+            (2, N, C, tiles).
+        results (tuple[Tensor]): What the gradient of the input is affine
+            with, shape (N, C).
+        num_groups (int): Number of channel groups.
+        eps (float): Added to both variances.
+        length (int): Number of positions.
+        estimate (bool): Whether the statistics are constants, or those of
+            the moments.
+
+    Returns:
+        tuple[Tensor]: The gradients of the parameters.
+    """
+    samples, channels = moments[0].shape
+    size = power_of_2(channels // num_groups)
+    count = sums[0].numel() // moments[0].numel()
+    if count > 1 and size * power_of_2(count) > _AT_ONCE_BACKWARD:
+        sums, count = sums.sum(3), 1
+    most = power_of_2(count)
+    sizes = [t.numel() for t in parameters]
+    grads = moments[0].new_empty(sum(sizes))
+    # The last bias has no part in it.
+    small = *moments, *statistics, *[t.contiguous() for t in parameters[:3]]
+    _input_coefficients(
+        (*small, *sums.unbind(), *results, grads),
+        num_groups,
+        (samples, channels, num_groups, length, count),
+        (
+            *(eps, parameters[2].numel() != num_groups, estimate),
+            *(_at_once(samples, size * most, _AT_ONCE_BACKWARD), size, most),
+        ),
+    )
+    return torch.split_with_sizes(grads, sizes)
+
+
+def _at_once(samples: int, numbers: int, most: int) -> int:
+    """Samples of so many numbers that a program looks at together."""
+    return min(power_of_2(samples), max(most // numbers, 1))
 
 
 def join_moments(
@@ -148,19 +211,20 @@ def of_groups(
 
 
 class Shares:
-    """Each sample's shares in the gradients of the parameters."""
+    """Each sample's shares in the gradients of the parameters.
+
+    Attributes:
+        room (Tensor): Where kernels put them.
+    """
 
     def __init__(self, mean: Tensor, parameters: Sequence[Tensor]):
         self._sizes = [t.numel() for t in parameters]
-        self._shape = mean.shape[0], sum(self._sizes)
+        self.room = mean.new_empty(mean.shape[0], sum(self._sizes))
 
-    def room(self, like: Tensor) -> Tensor:
-        """Where kernels put them."""
-        return like.new_empty(self._shape)
-
-    def summed(self, shares: Tensor) -> Tuple[Tensor, ...]:
+    def summed(self) -> Tuple[Tensor, ...]:
         """The gradients."""
-        grads = shares.sum(0) if self._shape[0] > 1 else shares[0]
+        shares = self.room
+        grads = shares.sum(0) if len(shares) > 1 else shares[0]
         return torch.split_with_sizes(grads, self._sizes)
 
 
@@ -297,6 +361,7 @@ def _forward(
     EPS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     LEARNS: tl.constexpr,
+    ESTIMATE: tl.constexpr,
     AVERAGING: tl.constexpr,
     ANNEALING: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -318,9 +383,32 @@ def _forward(
             rate = 1 / tl.load(count).to(rate.dtype)
         elif ANNEALING:
             rate = tl.maximum(1 / (tl.load(count) + 1).to(rate.dtype), rate)
+        # What the squares are taken about, as the definitions do.
+        center = old_mean
+        first = samples * 0  # a tensor, as Triton wants it of a loop
+        if not ESTIMATE:
+            center = tl.zeros_like(old_mean)
+            while first < samples:
+                _, there, m, _ = _some_samples(
+                    tile_mean,
+                    tile_var,
+                    first,
+                    samples,
+                    channels,
+                    channel,
+                    inside,
+                    length,
+                    tiles,
+                    POSITIONS,
+                    SAMPLES,
+                    TILES,
+                )
+                center += tl.sum(m, 0, True)
+                first += SAMPLES
+            center /= samples
         delta = tl.zeros_like(old_mean)
         squares = tl.zeros_like(old_mean)
-        first = samples * 0  # a tensor, as Triton wants it of a loop
+        first = samples * 0
         while first < samples:
             _, there, m, v = _some_samples(
                 tile_mean,
@@ -336,12 +424,18 @@ def _forward(
                 SAMPLES,
                 TILES,
             )
-            m = tl.where(there, m - old_mean, 0)
+            m = tl.where(there, m - center, 0)
             delta += tl.sum(m, 0, True)
             squares += tl.sum(v + m * m, 0, True)
             first += SAMPLES
-        moved_mean = old_mean + rate * (delta / samples)
-        moved_var = old_var + rate * (squares / samples - old_var)
+        batch_mean = center + delta / samples
+        batch_var = squares / samples
+        unbiased_var = batch_var
+        if not ESTIMATE:
+            values = samples.to(rate.dtype) * length
+            unbiased_var *= values / tl.maximum(values - 1, 1)
+        moved_mean = old_mean + rate * (batch_mean - old_mean)
+        moved_var = old_var + rate * (unbiased_var - old_var)
         # Neither infinite nor NaN: one overflow must not poison them.
         good = (moved_mean + moved_var) * 0 == 0
         # As they are rounded where they are kept.
@@ -355,10 +449,15 @@ def _forward(
         tl.debug_barrier()
         tl.store(running_mean + channel, moved_mean, inside)
         tl.store(running_var + channel, moved_var, inside)
-        old_mean = moved_mean.to(mean.dtype.element_ty)
-        old_var = moved_var.to(mean.dtype.element_ty)
-        tl.store(new_mean + channel, old_mean, inside)
-        tl.store(new_var + channel, old_var, inside)
+        if ESTIMATE:
+            used_mean = moved_mean.to(mean.dtype.element_ty)
+            used_var = moved_var.to(mean.dtype.element_ty)
+        else:
+            used_mean, used_var = batch_mean, batch_var
+        tl.store(new_mean + channel, used_mean, inside)
+        tl.store(new_var + channel, used_var, inside)
+    else:
+        used_mean, used_var = old_mean, old_var
     batch_scale = load(batch_weight, channel, inside, mean)
     batch_shift = load(batch_bias, channel, inside, mean)
     # One output affine a channel, or the same one for all of a group.
@@ -387,8 +486,8 @@ def _forward(
         _, _, a, centered, q = _normalized(
             m,
             v,
-            old_mean,
-            old_var,
+            used_mean,
+            used_var,
             batch_scale,
             batch_shift,
             inside,
@@ -413,6 +512,85 @@ def place_of_group(channels, groups, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _gradients(
+    mean,
+    var,
+    running_mean,
+    running_var,
+    batch_weight,
+    batch_bias,
+    gamma,
+    s,
+    t,
+    inside,
+    size,
+    EPS: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    """From gradients s, t of scale and shift, in the formulas' notation.
+
+    Of blocks as :func:`_normalized` has them. Returns the scale, and the
+    gradients of the moments, of the batch weight and bias, and of each
+    channel's weight.
+    """
+    moved, inverse_std, a, centered, q = _normalized(
+        mean,
+        var,
+        running_mean,
+        running_var,
+        batch_weight,
+        batch_bias,
+        inside,
+        size,
+        EPS,
+        AXIS,
+    )
+    p = gamma * q
+    grad_p = a * s + centered * t
+    # 2 / k times the gradient of the group's variance
+    slope = -q * q * q * tl.sum(grad_p * gamma, AXIS, True) / size
+    through_p = p * t
+    through_p -= tl.sum(through_p, AXIS, True) / size
+    grad_moved = through_p + centered * slope
+    grad_a = p * s + a * var * slope + moved * grad_moved
+    return (
+        p * a,
+        a * grad_moved,
+        0.5 * a * a * slope,
+        grad_a * inverse_std,
+        grad_moved,
+        grad_p * q,
+    )
+
+
+@triton.jit
+def _store_gradients(
+    grads,
+    channel,
+    group,
+    inside,
+    channels,
+    groups,
+    of_batch_weight,
+    of_batch_bias,
+    of_weight,
+    of_bias,
+    PER_CHANNEL: tl.constexpr,
+):
+    """Those of the parameters, one after the other."""
+    pairs = channels if PER_CHANNEL else groups
+    tl.store(grads + channel, of_batch_weight, inside)
+    tl.store(grads + channels + channel, of_batch_bias, inside)
+    grads += 2 * channels
+    if PER_CHANNEL:
+        tl.store(grads + channel, of_weight, inside)
+        tl.store(grads + pairs + channel, of_bias, inside)
+    else:
+        tl.store(grads + group, tl.sum(of_weight))
+        tl.store(grads + pairs + group, tl.sum(of_bias))
+
+
+@triton.jit
 def pulled_back(
     mean,
     var,
@@ -432,50 +610,51 @@ def pulled_back(
 ):
     """From gradients s, t of scale and shift to those of all the rest.
 
-    Returns the scale and the gradients of the moments, and stores the
-    sample's shares in those of the parameters.
+    Of a sample's group. Returns the scale and the gradients of the moments,
+    and stores the sample's shares in those of the parameters.
     """
     sample, group, channel, inside, size = place_of_group(
         channels, groups, SIZE
     )
     row = sample * channels + channel
-    v = load(var, row, inside, mean)
-    moved, inverse_std, a, centered, q = _normalized(
+    pair = channel if PER_CHANNEL else channel // size
+    scale, of_mean, of_var, of_a, of_b, of_gamma = _gradients(
         load(mean, row, inside, mean),
-        v,
+        load(var, row, inside, mean),
         load(running_mean, channel, inside, mean),
         load(running_var, channel, inside, mean),
         load(batch_weight, channel, inside, mean),
         load(batch_bias, channel, inside, mean),
+        load(weight, pair, inside, mean),
+        s,
+        t,
         inside,
         size,
         EPS,
         0,
     )
-    pair = channel if PER_CHANNEL else channel // size
-    gamma = load(weight, pair, inside, mean)
-    p = gamma * q
-
-    grad_p = a * s + centered * t
-    # 2 / k times the gradient of the group's variance
-    slope = -q * q * q * tl.sum(grad_p * gamma, 0) / size
-    through_p = p * t
-    through_p -= tl.sum(through_p, 0) / size
-    grad_moved = through_p + centered * slope
-    grad_a = p * s + a * v * slope + moved * grad_moved
-
     pairs = channels if PER_CHANNEL else groups
-    shares += sample.to(tl.int64) * 2 * (channels + pairs)
-    tl.store(shares + channel, grad_a * inverse_std, inside)
-    tl.store(shares + channels + channel, grad_moved, inside)
-    shares += 2 * channels
-    if PER_CHANNEL:
-        tl.store(shares + channel, grad_p * q, inside)
-        tl.store(shares + pairs + channel, t, inside)
-    else:
-        tl.store(shares + group, tl.sum(grad_p * q, 0))
-        tl.store(shares + pairs + group, tl.sum(t, 0))
-    return p * a, a * grad_moved, 0.5 * a * a * slope
+    _store_gradients(
+        shares + sample.to(tl.int64) * 2 * (channels + pairs),
+        channel,
+        group,
+        inside,
+        channels,
+        groups,
+        of_a,
+        of_b,
+        of_gamma,
+        t,
+        PER_CHANNEL,
+    )
+    return scale, of_mean, of_var
+
+
+@triton.jit
+def through_moments(grad_mean, grad_var, scale, grad_shift, length):
+    """Slope and offset in x of what comes to it through its moments."""
+    # The centre is the mean as well: d/dm of (x - m) * scale.
+    return 2 * grad_var / length, (grad_mean - scale * grad_shift) / length
 
 
 @kernel('channels', 'groups')
@@ -522,18 +701,22 @@ def _backward(
 
 
 @triton.jit
-def through_moments(grad_mean, grad_var, scale, grad_shift, length):
-    """Slope and offset in x of what comes to it through its moments."""
-    # The centre is the mean as well: d/dm of (x - m) * scale.
-    return 2 * grad_var / length, (grad_mean - scale * grad_shift) / length
+def _summed(sums, row, there, tiles, like, TILES: tl.constexpr):
+    """Of a block of channels, over their tiles."""
+    if TILES == 1:
+        return load(sums, row, there, like)
+    tile = tl.arange(0, TILES)[None, None, :]
+    at = (row * tiles)[:, :, None] + tile
+    every = there[:, :, None] & (tile < tiles)
+    return tl.sum(load(sums, at, every, like), 2)
 
 
-@kernel('channels', 'groups', 'length', 'tiles')
-def input_coefficients(
+@kernel('samples', 'channels', 'groups', 'length', 'tiles')
+def _input_coefficients(
     mean,
     var,
-    running_mean,
-    running_var,
+    used_mean,
+    used_var,
     batch_weight,
     batch_bias,
     weight,
@@ -542,49 +725,97 @@ def input_coefficients(
     scale,
     slope,
     offset,
-    shares,
+    grads,
+    samples,
     channels,
     groups,
     length,
     tiles,
     EPS: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
+    ESTIMATE: tl.constexpr,
+    SAMPLES: tl.constexpr,
     SIZE: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Those that the gradient of the activations is affine with.
+    """Of a group, for all samples, some of them at a time.
 
-    From the sums over tiles that the gradients of shift and scale are.
+    The sums over tiles are the gradients of shift and scale.
     """
-    sample, _, channel, inside, _ = place_of_group(channels, groups, SIZE)
-    row = sample * channels + channel
-    if TILES == 1:
-        t = load(grad_shift, row, inside, mean)
-        s = load(grad_scale, row, inside, mean)
-    else:
-        tile = tl.arange(0, TILES)[None, :]
-        at = (row.to(tl.int64) * tiles)[:, None] + tile
-        there = inside[:, None] & (tile < tiles)
-        t = tl.sum(load(grad_shift, at, there, mean), 1)
-        s = tl.sum(load(grad_scale, at, there, mean), 1)
-    s, of_mean, of_var = pulled_back(
-        mean,
-        var,
-        running_mean,
-        running_var,
-        batch_weight,
-        batch_bias,
-        weight,
-        s,
-        t,
-        shares,
+    group = tl.program_id(0)
+    size = channels // groups
+    lane = tl.arange(0, SIZE)[None, :]
+    channel = group * size + lane
+    inside = lane < size
+    mu = load(used_mean, channel, inside, mean)
+    sigma_2 = load(used_var, channel, inside, mean)
+    batch_scale = load(batch_weight, channel, inside, mean)
+    batch_shift = load(batch_bias, channel, inside, mean)
+    pair = channel if PER_CHANNEL else group + lane * 0
+    gamma = load(weight, pair, inside, mean)
+    of_batch_weight = tl.zeros_like(mu)
+    of_batch_bias = tl.zeros_like(mu)
+    of_weight = tl.zeros_like(mu)
+    of_bias = tl.zeros_like(mu)
+    through_mean = tl.zeros_like(mu)  # of the batch
+    through_var = tl.zeros_like(mu)
+    # With the batch's statistics, a first time for what comes through them.
+    for last in tl.static_range(1 if ESTIMATE else 0, 2):
+        first = samples * 0  # a tensor, as Triton wants it of a loop
+        while first < samples:
+            sample = first + tl.arange(0, SAMPLES)[:, None]
+            there = inside & (sample < samples)
+            row = sample.to(tl.int64) * channels + channel
+            s = _summed(grad_scale, row, there, tiles, mean, TILES)
+            t = _summed(grad_shift, row, there, tiles, mean, TILES)
+            m = load(mean, row, there, mean)
+            k, of_mean, of_var, of_a, of_b, of_gamma = _gradients(
+                m,
+                load(var, row, there, mean),
+                mu,
+                sigma_2,
+                batch_scale,
+                batch_shift,
+                gamma,
+                s,
+                t,
+                inside,
+                size,
+                EPS,
+                1,
+            )
+            if last:
+                if not ESTIMATE:
+                    of_mean += through_mean + 2 * (m - mu) * through_var
+                    of_var += through_var
+                of_x, rest = through_moments(of_mean, of_var, k, t, length)
+                tl.store(scale + row, k, there)
+                tl.store(slope + row, of_x, there)
+                tl.store(offset + row, rest, there)
+            if ESTIMATE or not last:
+                of_a = tl.where(there, of_a, 0)
+                of_b = tl.where(there, of_b, 0)
+                of_gamma = tl.where(there, of_gamma, 0)
+                of_batch_weight += tl.sum(of_a, 0, True)
+                of_batch_bias += tl.sum(of_b, 0, True)
+                of_weight += tl.sum(of_gamma, 0, True)
+                of_bias += tl.sum(t, 0, True)
+            first += SAMPLES
+        if not last:
+            inverse_std = tl.where(inside, 1 / tl.sqrt(sigma_2 + EPS), 0)
+            a = batch_scale * inverse_std
+            through_mean = -a * of_batch_bias / samples
+            through_var = -0.5 * a * inverse_std * of_batch_weight / samples
+    _store_gradients(
+        grads,
+        channel,
+        group,
+        inside,
         channels,
         groups,
-        EPS,
+        of_batch_weight,
+        of_batch_bias,
+        of_weight,
+        of_bias,
         PER_CHANNEL,
-        SIZE,
     )
-    k, rest = through_moments(of_mean, of_var, s, t, length)
-    tl.store(scale + row, s, inside)
-    tl.store(slope + row, k, inside)
-    tl.store(offset + row, rest, inside)

@@ -6,7 +6,10 @@ from typing import Callable, List, Tuple
 import torch
 from torch import Tensor
 
+from ..coefficients import batch_statistics, large_batch_channel_coefficients
+from ..estimates import rate_of_forward, updated_estimates
 from . import plain
+from .closed_form import Gradient
 from .layout import memory_format
 from .passes import backward
 
@@ -202,11 +205,14 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
     wide = x.double().cpu()
     dtype = plain.statistics_dtype(x.dtype)
     channels = x.shape[1]
+    count_values = x.numel() // channels
     num_groups = _num_groups(channels)
     constants = dict(num_groups=num_groups, eps=1e-5)
-    for pairs, momentum, annealing in (
-        (num_groups, 0.1, True),
-        (channels, None, False),
+    for pairs, momentum, annealing, estimate in (
+        (num_groups, 0.1, True, True),
+        (channels, None, False, True),
+        (num_groups, 0.1, False, False),
+        (channels, None, False, False),
     ):
         *parameters, mean, var = (
             t.to(dtype) for t in _parameters(channels, pairs)
@@ -220,25 +226,39 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
             **dict(zip(('running_mean', 'running_var', 'count'), moved)),
             momentum=momentum,
             annealing=annealing,
+            estimate=estimate,
             **constants,
         )
         # As they were rounded: they are compared by themselves.
         moments = [t.double().cpu() for t in backend.moments(x)]
-        estimates = plain.moved_estimates(
-            *moments,
-            running_mean=mean.double(),
-            running_var=var.double(),
-            count=count + 1,
-            momentum=momentum,
-            annealing=annealing,
-        )
-        scale, shift, wide_pull_back = plain.batch_channel(
-            *moments,
-            *(t.double() for t in parameters),
-            running_mean=estimates[0],
-            running_var=estimates[1],
-            **constants,
-        )
+        rate = dict(count=count + 1, momentum=momentum, annealing=annealing)
+        estimates = mean.double(), var.double()
+        if estimate:
+            used = estimates = plain.moved_estimates(
+                *moments,
+                running_mean=estimates[0],
+                running_var=estimates[1],
+                **rate,
+            )
+            scale, shift, wide_pull_back = plain.batch_channel(
+                *moments,
+                *(t.double() for t in parameters),
+                running_mean=used[0],
+                running_var=used[1],
+                **constants,
+            )
+        else:
+            used = batch_statistics(*moments)
+            bessel = count_values / max(count_values - 1, 1)
+            estimates = updated_estimates(
+                *estimates,
+                used[0],
+                used[1] * bessel,
+                rate_of_forward(**rate, dtype=torch.float64),
+            )
+            scale, shift, wide_pull_back = _of_large_batch(
+                *moments, *(t.double() for t in parameters), **constants
+            )
         if moved[2].item() != 4:
             raise RuntimeError(f'count: {moved[2].item()} after 3')
         expected = plain.affine(wide, moments[0], scale, shift)
@@ -247,9 +267,9 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
         _close('forward', result, expected, 3 * TOLERANCE[x.dtype] * size)
         _is_laid_out(result, x)
         for name, got, wanted in zip(
-            ('new_mean', 'new_var', 'running_mean', 'running_var'),
+            ('used_mean', 'used_var', 'running_mean', 'running_var'),
             (*small, *moved),
-            (*estimates, *estimates),
+            (*used, *estimates),
         ):
             size = 1 + wanted.abs().max() + moments[0].abs().max()
             _close(name, got, wanted, 10 * TOLERANCE[dtype] * size)
@@ -261,6 +281,18 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
             scale,
             wide_pull_back,
         )
+
+
+def _of_large_batch(*inputs: Tensor, **constants) -> Gradient:
+    """With the statistics of the batch, differentiated by autograd."""
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        result = large_batch_channel_coefficients(*inputs, **constants)
+
+    def pull_back(*grads: Tensor) -> Tuple[Tensor, ...]:
+        return torch.autograd.grad(result, inputs, grads)
+
+    return *(t.detach() for t in result), pull_back
 
 
 def _check_weight(
