@@ -106,6 +106,22 @@ def _check_layer(name, dtype, tolerance, length, **arguments):
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
+def check_gradient_of_gradient(name):
+    """That of a gradient penalty, which the definition differentiates."""
+    for estimate in (True, False):
+        results = []
+        for module in (kernels.plain, backend(name)):
+            torch.manual_seed(0)
+            norm = BCN(6, 2, momentum=0.1, estimate=estimate).double()
+            x = torch.randn(2, 6, 3, 3).double().requires_grad_()
+            with kernels.use('cpu', module):
+                y = norm(x).sin().sum()
+                (grad,) = torch.autograd.grad(y, x, create_graph=True)
+                grad.square().sum().backward()
+            results.append([x.grad, *(p.grad for p in norm.parameters())])
+        torch.testing.assert_close(*results)
+
+
 def check_layout_of_what_was_saved(name):
     """Hooks, as those that move activations elsewhere, may change it."""
     x = torch.randn(2, 8, 48, 48).contiguous(memory_format=torch.channels_last)
@@ -239,6 +255,7 @@ def check_compiled(capability):
 if __name__ == '__main__':
     run(sys.argv[1], 'cpu', 30)
     check_layer(sys.argv[1])
+    check_gradient_of_gradient(sys.argv[1])
     check_layout_of_what_was_saved(sys.argv[1])
     check_launches()
     print('parity holds')

@@ -13,7 +13,7 @@ from .coefficients import (
     group_statistics,
     large_batch_channel_coefficients,
 )
-from .engine import moments, moved_estimates, normalize
+from .engine import moments, moved_estimates, normalize, wants_graph
 from .estimates import rate_of_forward, updated_estimates
 from .mabn import moving_average_coefficients
 from .shared_weight import SharedWeight
@@ -43,4 +43,5 @@ __all__ = [
     'snapshot',
     'standardize_weight',
     'updated_estimates',
+    'wants_graph',
 ]

@@ -1,13 +1,14 @@
 """The batch that statistics are taken over: of one process, or of all."""
 
 import math
+from functools import cached_property
 from typing import Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..functional import batch_statistics
+from ..functional import batch_statistics, wants_graph
 from .batch_statistics import SharedBatchStatistics
 
 
@@ -49,7 +50,7 @@ class Batch:
 class SharedBatch:
     """The samples of all processes of a group.
 
-    One small gathering, when it is made; gradients of :meth:`statistics`
+    One small gathering, when it is made; gradients of :attr:`statistics`
     take one small reduction in the backward pass. Every sample counts the
     same, whichever process has it, and a process may have none, but every
     one must come here as often as the others.
@@ -58,21 +59,25 @@ class SharedBatch:
         x (Tensor): This process's activations, shape (N, C, *).
         mean, var (Tensor): Their moments, shape (N, C).
         group (ProcessGroup): The processes.
+
+    Attributes:
+        statistics (SharedStatistics): See
+            :func:`wsbcn_mm.functional.batch_statistics`.
     """
 
     def __init__(self, x: Tensor, mean: Tensor, var: Tensor, group):
         self._group = group
-        positions = _positions(x)
-        counts = mean.new_tensor([len(x) if positions else 0, positions])
-        local = torch.cat([counts, self._local(mean, var).flatten()])
-        rows = [
-            torch.empty_like(local) for _ in range(dist.get_world_size(group))
-        ]
-        dist.all_gather(rows, local, group=group)
-        counts, local = torch.stack(rows).split([2, len(local) - 2], dim=1)
+        samples = len(x) if x.numel() else 0
+        # Filled there: numbers of a list would be copied, and waited for.
+        counts = [mean.new_full((1,), n) for n in (samples, _positions(x))]
+        local = torch.cat([*counts, *_of_process(mean, var)])
+        every = local.new_empty(dist.get_world_size(group), len(local))
+        dist.all_gather(list(every.unbind()), local, group=group)
+        counts, *moments = every.split([2, *mean.shape[1:] * 2], dim=1)
         samples, positions = counts.sum(0).unbind()
-        self._locals = local.unflatten(1, (2, -1))
-        self._shares = counts[:, :1] / samples.clamp(min=1)
+        self.statistics = SharedStatistics(
+            *moments, counts[:, :1], samples.clamp(min=1), group
+        )
         self.num_positions = positions
         self.is_filled = samples > 0
 
@@ -85,28 +90,6 @@ class SharedBatch:
         """Not known here: the count is on the accelerator."""
         return False
 
-    @staticmethod
-    def _local(mean: Tensor, var: Tensor) -> Tensor:
-        share = mean.new_full((len(mean), 1), 1 / max(len(mean), 1))
-        return torch.stack(batch_statistics(mean, var, share=share))
-
-    def statistics(
-        self, mean: Tensor, var: Tensor, center: Optional[Tensor] = None
-    ) -> Tuple[Tensor, Tensor]:
-        """See :func:`wsbcn_mm.functional.batch_statistics`.
-
-        Args:
-            mean, var (Tensor): The moments this batch was made with.
-            center (Tensor | None): What the squares are taken about.
-        """
-        every = _Gathered.apply(
-            self._local(mean, var), self._locals, self._group
-        )
-        # The processes' statistics are the moments of unequal samples.
-        return batch_statistics(
-            *every.unbind(1), center=center, share=self._shares
-        )
-
     def sum(self, value: Tensor) -> Tensor:
         """A sum over the batch, from this process's share of it."""
         value = value.clone()
@@ -114,19 +97,88 @@ class SharedBatch:
         return value
 
 
+def _of_process(mean: Tensor, var: Tensor) -> Tuple[Tensor, Tensor]:
+    """Statistics of a process's samples, 0 where it has none."""
+    if len(mean) == 0:  # sums, so that its backward pass comes here as well
+        return mean.sum(0), var.sum(0)
+    return batch_statistics(mean, var)
+
+
+class SharedStatistics:
+    """From this process's moments to the statistics of all samples.
+
+    Args:
+        mean, var (Tensor): Each process's statistics, shape (P, C).
+        counts (Tensor): How many samples each has, shape (P, 1).
+        samples (Tensor): How many all have.
+        group (ProcessGroup): The processes.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        var: Tensor,
+        counts: Tensor,
+        samples: Tensor,
+        group,
+    ):
+        # Processes' statistics are the moments of unequal samples.
+        self._mean, self._var = mean, var
+        self._shares = counts / samples
+        self._samples = samples
+        self._group = group
+
+    def __call__(
+        self, mean: Tensor, var: Tensor, center: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """The statistics.
+
+        Args:
+            mean, var (Tensor): The moments that the batch was made with.
+            center (Tensor | None): What the squares are taken about.
+        """
+        moments = self._mean, self._var
+        if wants_graph(mean, var):
+            local = _of_process(mean, var)
+            moments = _Gathered.apply(*local, *moments, self._group)
+        elif center is None:
+            return self._result
+        return batch_statistics(*moments, center=center, share=self._shares)
+
+    def vjp(self, mean: Tensor, var: Tensor):
+        """The statistics, and from their gradients those of the moments."""
+        batch_mean, batch_var = self._result
+
+        def pull_back(grad_mean: Tensor, grad_var: Tensor):
+            grads = torch.stack([grad_mean, grad_var])
+            dist.all_reduce(grads, group=self._group)
+            of_mean, of_var = (grads / self._samples).unbind()
+            return (
+                torch.addcmul(of_mean, mean - batch_mean, of_var, value=2),
+                of_var.expand_as(var),
+            )
+
+        return batch_mean, batch_var, pull_back
+
+    @cached_property
+    def _result(self) -> Tuple[Tensor, Tensor]:
+        return batch_statistics(self._mean, self._var, share=self._shares)
+
+
 class _Gathered(torch.autograd.Function):
     """What was gathered already; its gradient is summed over processes."""
 
     @staticmethod
-    def forward(ctx, local, every, group):
+    def forward(ctx, mean, var, every_mean, every_var, group):
         ctx.group = group
-        return every.clone()
+        return every_mean.clone(), every_var.clone()
 
     @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[dist.get_rank(ctx.group)], None, None
+    def backward(ctx, *grads):
+        grads = torch.stack(grads)
+        dist.all_reduce(grads, group=ctx.group)
+        mean, var = grads[:, dist.get_rank(ctx.group)]
+        return mean, var, None, None, None
 
 
 def shared_group(switch: nn.Module):

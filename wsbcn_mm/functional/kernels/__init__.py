@@ -22,7 +22,7 @@ and one for weights:
 
 It may have ``batch_channel_backward`` too, a whole backward pass that reads
 memory less often than :func:`backward`, and ``batch_channel_forward``, a whole
-training forward with estimates, which it moves in place.
+training forward, which moves estimates in place.
 
 There are ``plain``, the definition; for processors ``compiled``, our own in
 C++, and ``cpu``, PyTorch's operations; for CUDA ``fused``, our own in Triton,
