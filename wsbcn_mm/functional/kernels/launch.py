@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 # Before, what was compiled wanted no constants among its arguments.
-_IS_LAUNCHED_WITH_CONSTANTS = TorchVersion(triton.__version__) >= '3.3'
+_TAKES_CONSTANTS = TorchVersion(triton.__version__) >= '3.3'
 
 
 class Kernel:
@@ -51,13 +51,14 @@ class Kernel:
             )
             compiled = self._compiled.get(key)
             if compiled is not None:
-                compiled[programs, 1, 1](*tensors, *numbers, *constants)
+                rest = constants if _TAKES_CONSTANTS else ()
+                compiled[programs, 1, 1](*tensors, *numbers, *rest)
                 return
         compiled = self.jit[programs,](
             *tensors, *numbers, *constants, num_warps=num_warps
         )
         # The interpreter compiles nothing.
-        if key and compiled is not None and _IS_LAUNCHED_WITH_CONSTANTS:
+        if key and compiled is not None:
             self._compiled[key] = compiled
 
 
