@@ -123,7 +123,10 @@ def _on_registration(parent: nn.Module, name: str, child) -> None:
         or (child is not None and '_checkpoint_hooks' in child.__dict__)
     ) and '_checkpoint_hooks' not in parent.__dict__:
         parent.__dict__['_checkpoint_hooks'] = [
-            parent.register_load_state_dict_pre_hook(_before_loading),
+            # Without the underscore, and the argument, since torch 2.5.
+            parent._register_load_state_dict_pre_hook(
+                _before_loading, with_module=True
+            ),
             parent.register_load_state_dict_post_hook(_after_loading),
             parent._register_state_dict_hook(_record_weights),
         ]
