@@ -101,7 +101,8 @@ step "Installing torch $TORCH_VERSION (up to 5 GB, 1-3 minutes)" \
     "${pip[@]}" "torch==$TORCH_VERSION" "torchvision==$TORCHVISION_VERSION"
 
 # mmcv publishes no wheels for current torch: build its ops once, keep the
-# wheel. One built against another torch, Python or set of GPUs does not load.
+# wheel. One built against another torch, Python or set of GPUs does not load;
+# pip would take such a one out of its own cache.
 if [ -z "${WITH_CUDA:-}" ]; then
     WITH_CUDA=0
     if command -v nvcc >/dev/null && "$VENV/bin/python" -c \
@@ -156,7 +157,8 @@ if [ -z "$wheel" ]; then
     minutes=$((build_minutes / MAX_JOBS + 1))
     step "Compiling $mmcv (about $minutes minutes with $MAX_JOBS jobs)" \
         env MMCV_WITH_OPS=1 "$VENV/bin/python" -m pip wheel --no-deps \
-        --no-build-isolation --no-binary :all: -w "$wheels" "$mmcv"
+        --no-build-isolation --no-binary :all: --no-cache-dir \
+        -w "$wheels" "$mmcv"
     wheel=$(find_wheel)
     [ -n "$wheel" ] || fail "no wheel of $mmcv in $wheels." "See $log."
 fi

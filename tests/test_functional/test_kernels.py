@@ -12,12 +12,24 @@ from types import SimpleNamespace
 import kernel_parity
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from wsbcn_mm import BCN
 from wsbcn_mm.functional import kernels
 from wsbcn_mm.functional.kernels import compiled
 from wsbcn_mm.functional.kernels.layout import dense
 
+try:
+    import triton
+except ImportError:
+    TRITON = TorchVersion('0')
+else:
+    TRITON = TorchVersion(triton.__version__)
+needs_triton = pytest.mark.skipif(TRITON == '0', reason='needs triton')
+# The kernels themselves run with older ones: is_asked_once says so.
+needs_new_triton = pytest.mark.skipif(
+    TRITON < '3.3', reason='needs the compiler and interpreter of Triton 3.3'
+)
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason='needs a CUDA GPU: none here'
 )
@@ -103,15 +115,15 @@ def test_views_that_torch_negates(negated):
     torch.testing.assert_close(*results)
 
 
+@needs_new_triton
 def test_parity_of_triton_kernels_in_the_interpreter():
-    pytest.importorskip('triton')
     if torch.cuda.is_available():
         pytest.skip('they run on the GPU itself here')
     interpret(kernel_parity.__file__, 'fused')
 
 
+@needs_triton
 def test_triton_is_asked_once_for_each_kind_of_launch():
-    pytest.importorskip('triton')
     python('-c', 'import kernel_parity as k; k.check_compiled(90)')
 
 
@@ -154,11 +166,12 @@ def registers(ptx, capability):
     )
 
 
+@needs_new_triton
 @pytest.mark.parametrize('activations', ['fp32', 'fp16', 'bf16', 'fp64'])
 @pytest.mark.parametrize('capability', [80, 90])
 def test_triton_kernels_compile_without_a_gpu(capability, activations):
     """And load 16 bytes at a time in both layouts."""
-    compiler = pytest.importorskip('triton.backends.compiler')
+    from triton.backends import compiler
     from triton.compiler import ASTSource, compile
 
     from wsbcn_mm.functional.kernels import (
@@ -273,8 +286,8 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
             )
 
 
+@needs_new_triton
 def test_triton_launches_where_the_tensors_are(monkeypatch):
-    pytest.importorskip('triton')
     from wsbcn_mm.functional.kernels import launch
 
     devices = []
@@ -292,11 +305,12 @@ def test_triton_launches_where_the_tensors_are(monkeypatch):
     interpret('-c', 'import kernel_parity as k; k.check_devices()')
 
 
+@needs_new_triton
 def test_triton_compiles_nothing_anew_for_another_update_rate():
-    fused = pytest.importorskip(
-        'wsbcn_mm.functional.kernels.fused_coefficients'
-    )
-    rate = {p.name: p for p in fused._forward.jit.params}['momentum']
+    from wsbcn_mm.functional.kernels import fused_coefficients
+
+    parameters = fused_coefficients._forward.jit.params
+    rate = {p.name: p for p in parameters}['momentum']
     assert rate.do_not_specialize and rate.annotation_type == 'fp64'
 
 
