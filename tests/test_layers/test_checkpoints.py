@@ -405,6 +405,19 @@ def test_full_resnet_50_gn_ws():
             assert (a - b).abs().max() <= 1e-6 * b.abs().max()
 
 
+def test_hooks_are_there_where_torch_has_no_public_way(monkeypatch):
+    """Before torch 2.5."""
+    name = 'register_load_state_dict_pre_hook'
+    monkeypatch.delattr(nn.Module, name, raising=False)
+    source = nn.Sequential()
+    source.gn1 = nn.GroupNorm(4, 8)
+    target = nn.Sequential()
+    target.bcn1 = BCN(8, 4, channel_affine='channel')
+    randomized(source)
+    target.load_state_dict(source.state_dict(), strict=False)
+    torch.testing.assert_close(target.bcn1.weight, source.gn1.weight)
+
+
 def test_a_big_model_loads_about_as_fast_as_a_plain_one():
     models = pytest.importorskip('mmdet.models')
 

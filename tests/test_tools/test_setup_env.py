@@ -24,7 +24,7 @@ def test_a_gpu_without_nvcc_is_told_before_the_compiling(tmp_path, gpu):
         '.venv/bin/pip': 'exit 0',
         '.venv/bin/python': (
             'case "$*" in *version.cuda*) echo 13.0;; '
-            '*is_available*) exit 1;; esac'
+            '*is_available*) exit 1;; *pip\\ wheel*) echo "$*";; esac'
         ),
     }
     for name, body in stand_ins.items():
@@ -48,3 +48,6 @@ def test_a_gpu_without_nvcc_is_told_before_the_compiling(tmp_path, gpu):
     assert compiling, done.stderr
     assert ('RoIAlign, NMS and' in notice) == gpu
     assert ("in torch's version (13.0)" in notice) == gpu
+    # Or pip would give what it once compiled for any torch.
+    log = (tmp_path / '.venv/setup_env.log').read_text()
+    assert '--no-cache-dir' in log
