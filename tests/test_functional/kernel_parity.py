@@ -157,8 +157,12 @@ def check_launches():
                 y = norm(x)
                 forward, launches.names = launches.names, []
                 y.backward(grad)
+            evaluation, norm = Launches(), norm.eval()
+            with evaluation.counted(), torch.no_grad():
+                norm(x)
         assert forward == ['_tile_moments', '_forward', '_affine'], forward
         assert launches.names == backward, launches.names
+        assert evaluation.names == forward, evaluation.names
 
 
 def check_devices():

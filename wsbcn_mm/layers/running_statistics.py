@@ -68,12 +68,13 @@ class RunningStatistics:
         )
 
     def _estimates(self, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
-        # Copies: a layer that is shared between levels runs again, and
-        # updates the buffers, before this call's backward needs them.
+        # Copies where there is a backward pass: a layer that is shared
+        # between levels runs again, and updates the buffers, before that.
         estimates = self.running_mean, self.running_var
         if self.training and torch.compiler.is_compiling():
             return tuple(snapshot(t).to(dtype) for t in estimates)
-        return tuple(t.to(dtype, copy=True) for t in estimates)
+        copy = torch.is_grad_enabled()
+        return tuple(t.to(dtype, copy=copy) for t in estimates)
 
     @torch.no_grad()
     def _move_estimates(
