@@ -162,7 +162,10 @@ if [ -z "$wheel" ]; then
     wheel=$(find_wheel)
     [ -n "$wheel" ] || fail "no wheel of $mmcv in $wheels." "See $log."
 fi
-step "Installing ${mmcv%%=*} and what it needs" "${pip[@]}" "$wheel"
+# One of the same version, for another torch, may be there.
+step "Installing ${mmcv%%=*}" \
+    "${pip[@]}" --no-deps --force-reinstall "$wheel"
+step 'Installing what it needs' "${pip[@]}" "$wheel"
 step "Installing ${libraries[*]}" \
     "${pip[@]}" "${libraries[@]}" "${forgotten[@]}" "torch==$TORCH_VERSION"
 step 'Installing wsbcn_mm, editable, with what its tests need' \
