@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import digit_version
 from torch import nn
 
 from wsbcn_mm import (
@@ -400,8 +401,9 @@ def test_folded_torchscript_and_export():
 def export_onnx(net, x, path):
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
+    dynamo = digit_version(torch.__version__) >= digit_version('2.5')
     with torch.no_grad():
-        torch.onnx.export(net, (x,), path, dynamo=True, verbose=False)
+        torch.onnx.export(net, (x,), str(path), dynamo=dynamo, verbose=False)
         wanted = _flat(net(x))
     session = onnxruntime.InferenceSession(
         str(path), providers=['CPUExecutionProvider']

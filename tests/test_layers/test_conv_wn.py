@@ -172,4 +172,4 @@ def test_steps_leave_nothing_behind(layer):
     for _ in range(4):
         conv(x).sum().backward()
         counts.append(count_tensors())
-    assert counts[1] == counts[3]
+    assert counts[1] >= counts[3]  # fewer: what an earlier test left

@@ -84,9 +84,9 @@ class _Array(np.ndarray):
 
 def _reconstruct(array_type, shape, code):
     """Stands in for the function that makes an array to be filled."""
-    if array_type is not _Array:
+    if not (isinstance(array_type, type) and issubclass(array_type, _Array)):
         raise UnpicklingError(f'expected a NumPy array, got {array_type!r}')
-    return _Array()
+    return array_type()
 
 
 def _scalar(dtype, data):
@@ -119,22 +119,30 @@ class _HistoryBuffer(HistoryBuffer):
 
 def _statistics_method(owner, name):
     """Stands in for ``getattr``: a HistoryBuffer's methods, nothing else."""
-    if owner is not _HistoryBuffer or name not in (
-        'min',
-        'max',
-        'current',
-        'mean',
+    if not (
+        isinstance(owner, type)
+        and issubclass(owner, _HistoryBuffer)
+        and name in ('min', 'max', 'current', 'mean')
     ):
         raise UnpicklingError(f'refused: getattr({owner!r}, {name!r})')
     return getattr(HistoryBuffer, name)
 
 
-# Whether weights_only is the default of torch.load.
+def _encode(text, encoding):
+    """Stands in for ``codecs.encode``, by which pickle writes bytes."""
+    if not isinstance(text, str) or encoding != 'latin1':
+        raise UnpicklingError(f'refused: encode to {encoding!r}')
+    return text.encode(encoding)
+
+
+# Since then weights_only is the default of torch.load, and what is declared
+# safe may have another name than its own.
 REFUSES_BY_DEFAULT = digit_version(torch.__version__) >= digit_version('2.6')
 STAND_INS = {
     'mmengine.logging.history_buffer.HistoryBuffer': _HistoryBuffer,
     'builtins.getattr': _statistics_method,
     'builtins.bytes': bytes,  # how pickle writes the bytes of no numbers
+    '_codecs.encode': _encode,
     'numpy.dtype': _Dtype,
     'numpy.ndarray': _Array,
 }
@@ -156,17 +164,28 @@ def mmengine_checkpoints():
         >>> with mmengine_checkpoints():  # doctest: +SKIP
         ...     checkpoint = torch.load('epoch_1.pth', weights_only=True)
     """
-    if not REFUSES_BY_DEFAULT:
-        yield
-        return
     declared = torch.serialization.get_safe_globals()
     others = [entry for entry in declared if _name(entry) not in STAND_INS]
-    stand_ins = [(stand_in, name) for name, stand_in in STAND_INS.items()]
-    _declare(others + stand_ins)
+    _declare(others + [_entry(*named) for named in STAND_INS.items()])
     try:
         yield
     finally:
         _declare(declared)
+
+
+def _entry(name: str, stand_in):
+    """What torch is to be told to take for a name."""
+    if REFUSES_BY_DEFAULT:
+        return stand_in, name
+    module, _, name = name.rpartition('.')
+    if isinstance(stand_in, type):
+        return type(name, (stand_in,), dict(__module__=module))
+
+    def twin(*args):
+        return stand_in(*args)
+
+    twin.__module__, twin.__name__ = module, name
+    return twin
 
 
 def _name(entry) -> str:
