@@ -102,12 +102,11 @@ setup(
     # packages and the maintained fork's install the same modules, and a
     # dependency on one would overwrite the other.
     install_requires=['rich'],
+    # Neither are torch and mmcv among the extras: pip cannot compile mmcv's
+    # ops by itself, and would bring another torch than they are compiled for.
     extras_require={
         'openmmlab': [
-            'torch',
-            'torchvision',
             'mmengine>=0.10.0',
-            'mmcv>=2.0.0,<2.2.0',
             'mmdet>=3.0.0',
             'mmsegmentation>=1.0.0',
             'mmpretrain>=1.0.0',
@@ -116,10 +115,7 @@ setup(
             'setuptools<80',
         ],
         'onedl': [
-            'torch',
-            'torchvision',
             'onedl-mmengine',
-            'onedl-mmcv',
             'onedl-mmdetection',
             'onedl-mmsegmentation',
             'onedl-mmpretrain',

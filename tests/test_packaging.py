@@ -4,6 +4,7 @@ The wheels here are built from the sdist.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -157,3 +158,16 @@ def test_a_missing_or_old_requirement_is_named(name, version, monkeypatch):
         _requirements.check_requirements()
     for word in (name, version or 'not installed', 'setup_env.sh'):
         assert word in str(info.value)
+
+
+def test_no_extra_brings_another_torch_or_an_mmcv_without_ops(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = [n for n in file.namelist() if n.endswith('/METADATA')]
+        lines = file.read(name).decode().splitlines()
+    required = {
+        re.match(r'[\w-]+', line.split(': ')[1])[0]
+        for line in lines
+        if line.startswith('Requires-Dist: ')
+    }
+    assert {'mmdet', 'onedl-mmdetection'} < required
+    assert not {'torch', 'torchvision', 'mmcv', 'onedl-mmcv'} & required
