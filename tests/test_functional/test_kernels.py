@@ -6,6 +6,7 @@ import sys
 import warnings
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import kernel_parity
 import pytest
 import torch
 from torch.torch_version import TorchVersion
+from torch.utils.checkpoint import checkpoint
 
 from wsbcn_mm import BCN
 from wsbcn_mm.functional import kernels
@@ -432,6 +434,39 @@ def backends(monkeypatch):
     kernels._first_that_works.cache_clear()
     yield modules
     kernels._first_that_works.cache_clear()
+
+
+def refused(tensor):
+    raise RuntimeError('nothing of a check is to be saved here')
+
+
+@pytest.mark.parametrize(
+    'around',
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        partial(torch.device, 'meta'),
+        partial(torch.autocast, 'cpu', torch.bfloat16),
+        partial(torch.autograd.graph.saved_tensors_hooks, refused, refused),
+        partial(torch.autograd.graph.disable_saved_tensors_hooks, 'refused'),
+    ],
+)
+def test_a_backend_is_checked_whatever_is_around_its_first_use(
+    backends, around
+):
+    backends['compiled'] = lambda: compiled
+    x = torch.randn(1, 2, 3)
+    with around(), warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert kernels.select(x) is compiled
+
+
+def test_a_first_use_may_be_one_that_is_done_again(backends):
+    """Activation checkpointing counts what is saved for a backward pass."""
+    backends['compiled'] = lambda: compiled
+    x = torch.randn(1, 4, 3, 3, requires_grad=True)
+    checkpoint(BCN(4, 2), x, use_reentrant=False).sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_a_backend_that_does_not_load_is_replaced(backends):

@@ -30,6 +30,7 @@ and ``cuda``, PyTorch's kernels.
 """
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
@@ -74,7 +75,6 @@ def select(x: torch.Tensor) -> ModuleType:
 
 
 @lru_cache(maxsize=None)
-@torch.no_grad()
 def _first_that_works(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend of a device that computes there what the definition does.
 
@@ -88,7 +88,13 @@ def _first_that_works(device: torch.device, dtype: torch.dtype) -> ModuleType:
             if not getattr(backend, 'is_built', True):
                 continue
             if name not in _NEEDS_NO_CHECK:
-                check_first_use(backend, device, dtype)
+                # Inference mode, autocast, the hooks of activation
+                # checkpointing: whatever is around the first use is so for
+                # its thread. In one of its own the check meets none of it.
+                with ThreadPoolExecutor(1) as thread:
+                    thread.submit(
+                        check_first_use, backend, device, dtype
+                    ).result()
             return backend
         except torch.cuda.OutOfMemoryError:
             raise
