@@ -1,4 +1,3 @@
-from collections import deque
 from functools import partial
 from typing import NamedTuple, Tuple
 
@@ -17,6 +16,8 @@ from .batch_statistics import BatchStatistics
 # not trusted and the ratio r is 1, and afterwards it stays within this factor.
 RATIO_WARMUP_ITERS = 1000
 RATIO_LIMIT = 5.0
+# Training forwards of a layer that may be done again.
+REMEMBERED_CALLS = 8
 # How far a forward that is done again may be off in its mean squares: more
 # than rounding is, in half precision too, and less than another batch is.
 RECALL_TOLERANCE = 0.05
@@ -159,7 +160,7 @@ class MABN(NormBase):
         )
         self.batch_statistics = BatchStatistics()
         # For activation checkpointing, which does some of them again.
-        self._calls = deque(maxlen=8)
+        self._calls = []  # no deque: torch 2.6 cannot compile one
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
@@ -258,7 +259,7 @@ class MABN(NormBase):
         good = new.isfinite() & torch.as_tensor(is_filled).bool()
         self.running_var.copy_(torch.where(good, new, running_var))
         call = _Call(batch_square, mean_square, ratio, slot, averaging)
-        self._calls.append(call)
+        self._calls = [*self._calls[1 - REMEMBERED_CALLS :], call]
         return call
 
     def _recall(self, batch_square: Tensor) -> _Call:
@@ -275,7 +276,7 @@ class MABN(NormBase):
             raise RuntimeError(
                 f'MABN({self.num_features}): a backward pass does a forward '
                 'again (activation checkpointing) that is none of the last '
-                f'{self._calls.maxlen} training forwards of this layer, which '
+                f'{REMEMBERED_CALLS} training forwards of this layer, which '
                 'are all that it remembers. Let no more of them come before '
                 'their backward pass, or do without checkpointing here '
                 '(with_cp=False).'
@@ -283,7 +284,7 @@ class MABN(NormBase):
         return call
 
     def __getstate__(self):
-        return dict(self.__dict__, _calls=deque(maxlen=self._calls.maxlen))
+        return dict(self.__dict__, _calls=[])
 
     def extra_repr(self) -> str:
         return (
