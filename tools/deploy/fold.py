@@ -26,7 +26,7 @@ from wsbcn_mm.engine.stock import (
 )
 from wsbcn_mm.stock_layers import NotReplaceable
 
-# The exporter of that name fails before, on nearly any network.
+# Before that, the exporter of this name fails on nearly any network.
 HAS_DYNAMO = digit_version(torch.__version__) >= digit_version('2.5')
 TOLERANCE = 1e-4  # of the largest output; float32 through a hundred layers
 
