@@ -10,7 +10,7 @@ from wsbcn_mm.functional import (
     moments,
     normalize,
 )
-from wsbcn_mm.functional.engine import autograd_vjp
+from wsbcn_mm.functional.vjp import autograd_vjp
 
 F64 = torch.float64
 

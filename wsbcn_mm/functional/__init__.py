@@ -12,6 +12,7 @@ from .coefficients import (
     group_coefficients,
     group_statistics,
     large_batch_channel_coefficients,
+    moments_from_statistics,
 )
 from .engine import moments, moved_estimates, normalize, wants_graph
 from .estimates import rate_of_forward, updated_estimates
@@ -35,6 +36,7 @@ __all__ = [
     'large_batch_channel_coefficients',
     'learn_and_normalize',
     'moments',
+    'moments_from_statistics',
     'moved_estimates',
     'moving_average_coefficients',
     'normalize',

@@ -14,8 +14,9 @@ from .coefficients import (
     batch_statistics,
     large_batch_channel_coefficients,
 )
-from .engine import differentiable_backward, vjp_of, wants_graph
+from .engine import differentiable_backward, wants_graph
 from .transforms import is_transformed
+from .vjp import vjp_of
 
 
 @dataclass(eq=False)
@@ -199,13 +200,13 @@ def learn_and_normalize(
     if forward is None or not all(t.is_contiguous() for t in running):
         return None
     settings = dict(num_groups=num_groups, eps=eps)
+    forward = partial(forward, estimate=estimate, **estimates, **settings)
     if wants_graph(x, *parameters):
         result = _LearnAndNormalize.apply(
-            x, partial(forward, **estimates), estimate, settings, *parameters
+            x, forward, estimate, settings, *parameters
         )
     else:
-        settings.update(estimates, estimate=estimate)
-        result = forward(x, *parameters, **settings)[0]
+        result = forward(x, *parameters)[0]
     for t in running:
         if not t.is_inference():  # autograd knows nothing of it
             torch.autograd.graph.increment_version(t)
@@ -215,14 +216,9 @@ def learn_and_normalize(
 class _LearnAndNormalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, forward, estimate, settings, *parameters):
-        result, used, ctx.pull_back = forward(
-            x, *parameters, estimate=estimate, **settings
-        )
+        result, ctx.used, ctx.pull_back = forward(x, *parameters)
         ctx.save_for_backward(x, *parameters)
-        if estimate:
-            ctx.coefficients = BatchChannelCoefficients(*used, **settings)
-        else:
-            ctx.coefficients = LargeBatchChannelCoefficients(**settings)
+        ctx.estimate, ctx.settings = estimate, settings
         return result
 
     @staticmethod
@@ -230,8 +226,14 @@ class _LearnAndNormalize(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
             wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
+            if ctx.estimate:
+                coefficients = BatchChannelCoefficients(
+                    *ctx.used, **ctx.settings
+                )
+            else:
+                coefficients = LargeBatchChannelCoefficients(**ctx.settings)
             grads = differentiable_backward(
-                grad, x, parameters, ctx.coefficients, wanted
+                grad, x, parameters, coefficients, wanted
             )
         else:
             grads = ctx.pull_back(grad, x, *parameters)

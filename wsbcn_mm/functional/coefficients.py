@@ -4,7 +4,7 @@ Each takes the moments ``mean`` and ``var``, shape (N, C), first and returns
 ``scale`` and ``shift`` for ``(x - mean) * scale + shift``.
 """
 
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -38,18 +38,34 @@ def batch_statistics(
     return batch_mean, average(var + (mean - center).square())
 
 
+def moments_from_statistics(
+    grad_mean: Tensor,
+    grad_var: Tensor,
+    deviation: Tensor,
+    samples: Union[int, Tensor],
+) -> Tuple[Tensor, Tensor]:
+    """Gradients of the moments from those of :func:`batch_statistics`.
+
+    Args:
+        grad_mean, grad_var (Tensor): Of the statistics, shape (C,).
+        deviation (Tensor): Of the samples' means from the batch's, (N, C).
+        samples (int | Tensor): How many the batch has, here and elsewhere.
+    """
+    share = grad_var / samples
+    # The mean that squares are taken about has no part in it: they are least
+    # about it.
+    of_mean = torch.addcmul(grad_mean / samples, deviation, share, value=2)
+    return of_mean, share.expand_as(deviation)
+
+
 def _vjp(mean: Tensor, var: Tensor):
     """The statistics, and from their gradients those of the moments."""
     batch_mean, batch_var = batch_statistics(mean, var)
 
     def pull_back(grad_mean: Tensor, grad_var: Tensor):
-        share = grad_var / len(mean)
-        # The mean that squares are taken about has no part in it: they are
-        # least about it.
-        of_mean = torch.addcmul(
-            grad_mean / len(mean), mean - batch_mean, share, value=2
+        return moments_from_statistics(
+            grad_mean, grad_var, mean - batch_mean, len(mean)
         )
-        return of_mean, share.expand_as(mean)
 
     return batch_mean, batch_var, pull_back
 

@@ -12,7 +12,6 @@ tensors.
 would lose all its digits where the mean is large against the spread.
 """
 
-from functools import partial
 from typing import Callable, Optional, Sequence, Tuple
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from . import kernels
 from .transforms import is_transformed
+from .vjp import vjp_of
 
 Coefficients = Callable[..., Tuple[Tensor, Tensor]]
 
@@ -119,38 +119,6 @@ def _definition(
 def wants_graph(*tensors: Tensor) -> bool:
     """Whether a result of these is to be differentiated."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def vjp_of(function: Callable) -> Callable:
-    """A function's ``vjp``, or what autograd makes of it."""
-    return getattr(function, 'vjp', None) or partial(autograd_vjp, function)
-
-
-def autograd_vjp(
-    function: Coefficients, mean: Tensor, var: Tensor, *parameters: Tensor
-):
-    """What a gradient in closed form would give, by autograd."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (mean, var)]
-        inputs += [
-            p.detach().requires_grad_(p.requires_grad) for p in parameters
-        ]
-        scale, shift = function(*inputs)
-
-    def pull_back(grad_scale: Tensor, grad_shift: Tensor):
-        wanted = [t for t in inputs if t.requires_grad]
-        grads = iter(
-            torch.autograd.grad(
-                (scale, shift),
-                wanted,
-                (grad_scale, grad_shift),
-                retain_graph=True,
-                materialize_grads=True,
-            )
-        )
-        return tuple(next(grads) if t.requires_grad else None for t in inputs)
-
-    return scale.detach(), shift.detach(), pull_back
 
 
 class _Normalize(torch.autograd.Function):

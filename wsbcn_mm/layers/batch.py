@@ -8,7 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..functional import batch_statistics, wants_graph
+from ..functional import (
+    batch_statistics,
+    moments_from_statistics,
+    wants_graph,
+)
 from .batch_statistics import SharedBatchStatistics
 
 
@@ -152,10 +156,8 @@ class SharedStatistics:
         def pull_back(grad_mean: Tensor, grad_var: Tensor):
             grads = torch.stack([grad_mean, grad_var])
             dist.all_reduce(grads, group=self._group)
-            of_mean, of_var = (grads / self._samples).unbind()
-            return (
-                torch.addcmul(of_mean, mean - batch_mean, of_var, value=2),
-                of_var.expand_as(var),
+            return moments_from_statistics(
+                *grads.unbind(), mean - batch_mean, self._samples
             )
 
         return batch_mean, batch_var, pull_back

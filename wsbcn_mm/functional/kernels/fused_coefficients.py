@@ -236,6 +236,38 @@ def load(pointer, index, inside, like):
 
 
 @triton.jit
+def _channels_of_group(
+    channels, groups, PER_CHANNEL: tl.constexpr, SIZE: tl.constexpr
+):
+    """A program's group, and its channels, in a row: for all samples."""
+    group = tl.program_id(0)
+    size = channels // groups
+    lane = tl.arange(0, SIZE)[None, :]
+    channel = group * size + lane
+    # One output affine a channel, or the same one for all of a group.
+    pair = channel if PER_CHANNEL else group + lane * 0
+    return group, channel, lane < size, size, pair
+
+
+@triton.jit
+def _rows(first, samples, channels, channel, inside, SAMPLES: tl.constexpr):
+    """Those of some samples' channels, and which of them there are."""
+    sample = first + tl.arange(0, SAMPLES)[:, None]
+    return (
+        sample.to(tl.int64) * channels + channel,
+        inside & (sample < samples),
+    )
+
+
+@triton.jit
+def _tiles_of(row, inside, tiles, TILES: tl.constexpr):
+    """The tiles of a block of channels, and which of them there are."""
+    tile = tl.arange(0, TILES)[None, None, :]
+    at = (row * tiles)[:, :, None] + tile
+    return tile, at, inside[:, :, None] & (tile < tiles)
+
+
+@triton.jit
 def _joined(
     tile_mean,
     tile_var,
@@ -250,9 +282,7 @@ def _joined(
     if TILES == 1:
         mean = tl.load(tile_mean + row, inside, other=0)
         return mean, tl.load(tile_var + row, inside, other=0)
-    tile = tl.arange(0, TILES)[None, None, :]
-    at = (row * tiles)[:, :, None] + tile
-    there = inside[:, :, None] & (tile < tiles)
+    tile, at, there = _tiles_of(row, inside, tiles, TILES)
     m = tl.load(tile_mean + at, there, other=0)
     v = tl.load(tile_var + at, there, other=0)
     count = tl.minimum(length - tile * POSITIONS, POSITIONS)
@@ -299,9 +329,7 @@ def _some_samples(
     TILES: tl.constexpr,
 ):
     """Their channels' rows, which of them there are, and their moments."""
-    sample = first + tl.arange(0, SAMPLES)[:, None]
-    there = inside & (sample < samples)
-    row = sample.to(tl.int64) * channels + channel
+    row, there = _rows(first, samples, channels, channel, inside, SAMPLES)
     m, v = _joined(
         tile_mean, tile_var, row, there, length, tiles, POSITIONS, TILES
     )
@@ -370,11 +398,9 @@ def _forward(
     TILES: tl.constexpr,
 ):
     """Of a group, for all samples, some of them at a time."""
-    group = tl.program_id(0)
-    size = channels // groups
-    lane = tl.arange(0, SIZE)[None, :]
-    channel = group * size + lane
-    inside = lane < size
+    group, channel, inside, size, pair = _channels_of_group(
+        channels, groups, PER_CHANNEL, SIZE
+    )
     old_mean = load(running_mean, channel, inside, mean)
     old_var = load(running_var, channel, inside, mean)
     if LEARNS:
@@ -383,13 +409,16 @@ def _forward(
             rate = 1 / tl.load(count).to(rate.dtype)
         elif ANNEALING:
             rate = tl.maximum(1 / (tl.load(count) + 1).to(rate.dtype), rate)
-        # What the squares are taken about, as the definitions do.
-        center = old_mean
-        first = samples * 0  # a tensor, as Triton wants it of a loop
-        if not ESTIMATE:
-            center = tl.zeros_like(old_mean)
+        # The definitions take the squares about the old mean, or about the
+        # batch's own, which is found the first time.
+        batch_mean = old_mean if ESTIMATE else tl.zeros_like(old_mean)
+        for _time in tl.static_range(1 if ESTIMATE else 2):
+            center = batch_mean
+            delta = tl.zeros_like(old_mean)
+            squares = tl.zeros_like(old_mean)
+            first = samples * 0  # a tensor, as Triton wants it of a loop
             while first < samples:
-                _, there, m, _ = _some_samples(
+                _, there, m, v = _some_samples(
                     tile_mean,
                     tile_var,
                     first,
@@ -403,32 +432,11 @@ def _forward(
                     SAMPLES,
                     TILES,
                 )
-                center += tl.sum(m, 0, True)
+                m = tl.where(there, m - center, 0)
+                delta += tl.sum(m, 0, True)
+                squares += tl.sum(v + m * m, 0, True)
                 first += SAMPLES
-            center /= samples
-        delta = tl.zeros_like(old_mean)
-        squares = tl.zeros_like(old_mean)
-        first = samples * 0
-        while first < samples:
-            _, there, m, v = _some_samples(
-                tile_mean,
-                tile_var,
-                first,
-                samples,
-                channels,
-                channel,
-                inside,
-                length,
-                tiles,
-                POSITIONS,
-                SAMPLES,
-                TILES,
-            )
-            m = tl.where(there, m - center, 0)
-            delta += tl.sum(m, 0, True)
-            squares += tl.sum(v + m * m, 0, True)
-            first += SAMPLES
-        batch_mean = center + delta / samples
+            batch_mean = center + delta / samples
         batch_var = squares / samples
         unbiased_var = batch_var
         if not ESTIMATE:
@@ -460,8 +468,6 @@ def _forward(
         used_mean, used_var = old_mean, old_var
     batch_scale = load(batch_weight, channel, inside, mean)
     batch_shift = load(batch_bias, channel, inside, mean)
-    # One output affine a channel, or the same one for all of a group.
-    pair = channel if PER_CHANNEL else group + lane * 0
     gamma = load(weight, pair, inside, mean)
     beta = load(bias, pair, inside, mean)
     first = samples * 0
@@ -705,9 +711,7 @@ def _summed(sums, row, there, tiles, like, TILES: tl.constexpr):
     """Of a block of channels, over their tiles."""
     if TILES == 1:
         return load(sums, row, there, like)
-    tile = tl.arange(0, TILES)[None, None, :]
-    at = (row * tiles)[:, :, None] + tile
-    every = there[:, :, None] & (tile < tiles)
+    _, at, every = _tiles_of(row, there, tiles, TILES)
     return tl.sum(load(sums, at, every, like), 2)
 
 
@@ -742,16 +746,13 @@ def _input_coefficients(
 
     The sums over tiles are the gradients of shift and scale.
     """
-    group = tl.program_id(0)
-    size = channels // groups
-    lane = tl.arange(0, SIZE)[None, :]
-    channel = group * size + lane
-    inside = lane < size
+    group, channel, inside, size, pair = _channels_of_group(
+        channels, groups, PER_CHANNEL, SIZE
+    )
     mu = load(used_mean, channel, inside, mean)
     sigma_2 = load(used_var, channel, inside, mean)
     batch_scale = load(batch_weight, channel, inside, mean)
     batch_shift = load(batch_bias, channel, inside, mean)
-    pair = channel if PER_CHANNEL else group + lane * 0
     gamma = load(weight, pair, inside, mean)
     of_batch_weight = tl.zeros_like(mu)
     of_batch_bias = tl.zeros_like(mu)
@@ -763,9 +764,9 @@ def _input_coefficients(
     for last in tl.static_range(1 if ESTIMATE else 0, 2):
         first = samples * 0  # a tensor, as Triton wants it of a loop
         while first < samples:
-            sample = first + tl.arange(0, SAMPLES)[:, None]
-            there = inside & (sample < samples)
-            row = sample.to(tl.int64) * channels + channel
+            row, there = _rows(
+                first, samples, channels, channel, inside, SAMPLES
+            )
             s = _summed(grad_scale, row, there, tiles, mean, TILES)
             t = _summed(grad_shift, row, there, tiles, mean, TILES)
             m = load(mean, row, there, mean)

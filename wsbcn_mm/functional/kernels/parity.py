@@ -1,5 +1,6 @@
 """Does a backend compute what the definition does?"""
 
+from functools import partial
 from types import ModuleType
 from typing import Callable, List, Tuple
 
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from ..coefficients import batch_statistics, large_batch_channel_coefficients
 from ..estimates import rate_of_forward, updated_estimates
+from ..vjp import autograd_vjp
 from . import plain
-from .closed_form import Gradient
 from .layout import memory_format
 from .passes import backward
 
@@ -256,8 +257,10 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
                 used[1] * bessel,
                 rate_of_forward(**rate, dtype=torch.float64),
             )
-            scale, shift, wide_pull_back = _of_large_batch(
-                *moments, *(t.double() for t in parameters), **constants
+            scale, shift, wide_pull_back = autograd_vjp(
+                partial(large_batch_channel_coefficients, **constants),
+                *moments,
+                *(t.double().detach().requires_grad_() for t in parameters),
             )
         if moved[2].item() != 4:
             raise RuntimeError(f'count: {moved[2].item()} after 3')
@@ -281,18 +284,6 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
             scale,
             wide_pull_back,
         )
-
-
-def _of_large_batch(*inputs: Tensor, **constants) -> Gradient:
-    """With the statistics of the batch, differentiated by autograd."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in inputs]
-        result = large_batch_channel_coefficients(*inputs, **constants)
-
-    def pull_back(*grads: Tensor) -> Tuple[Tensor, ...]:
-        return torch.autograd.grad(result, inputs, grads)
-
-    return *(t.detach() for t in result), pull_back
 
 
 def _check_weight(
