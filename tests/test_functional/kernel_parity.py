@@ -195,33 +195,42 @@ def check_compiled(capability):
     from triton.compiler import CompiledKernel
 
     from wsbcn_mm.functional import standardize_weight
-    from wsbcn_mm.functional.kernels.launch import Kernel
+    from wsbcn_mm.functional.kernels.launch import Launch
 
     importlib.import_module('_stand_in').install(capability)
     fused, launched, again = backend('fused'), [], set()
-    launch, call = CompiledKernel.__getitem__, Kernel.__call__
+    of_grid, call = CompiledKernel.__getitem__, Launch.__call__
 
     def getitem(compiled, grid):
-        launched.append(compiled)
-        return launch(compiled, grid)
+        run = of_grid(compiled, grid)
 
-    def checked(kernel, tensors, programs, numbers, constants, num_warps=4):
+        def recorded(*arguments):
+            launched.append((compiled, grid, arguments))
+            run(*arguments)
+
+        return recorded
+
+    def checked(launch, *tensors, numbers=()):
         launched.clear()
-        call(kernel, tensors, programs, numbers, constants, num_warps)
+        call(launch, *tensors, numbers=numbers)
         if launched:
-            again.add(kernel.jit.fn.__name__)
-            assert launched == [
-                kernel.jit.run(
-                    *(*tensors, *numbers, *constants),
-                    grid=(programs,),
-                    warmup=True,
-                    num_warps=num_warps,
-                )
-            ]
+            again.add(launch.kernel.jit.fn.__name__)
+            ((compiled, grid, arguments),) = launched
+            numbers = *launch.numbers, *numbers
+            assert grid == (launch.programs, 1, 1)
+            addresses = [t.data_ptr() for t in tensors]
+            given = len(addresses) + len(numbers)
+            assert arguments[:given] == (*addresses, *numbers)
+            assert compiled is launch.kernel.jit.run(
+                *(*tensors, *numbers, *launch.constants),
+                grid=(launch.programs,),
+                warmup=True,
+                num_warps=launch.num_warps,
+            )
 
     with (
         mock.patch.object(CompiledKernel, '__getitem__', getitem),
-        mock.patch.object(Kernel, '__call__', checked),
+        mock.patch.object(Launch, '__call__', checked),
         kernels.use('cpu', fused),
     ):
         for shape in (

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
 )
 
-from wsbcn_mm.functional.kernels.launch import Kernel
+from wsbcn_mm.functional.kernels.launch import Launch
 
 
 class Launches(TorchDispatchMode):
@@ -26,14 +26,14 @@ class Launches(TorchDispatchMode):
 
     @contextmanager
     def counted(self):
-        call = Kernel.__call__
+        call = Launch.__call__
 
-        def counting(kernel, *args, **kwargs):
-            self.names.append(kernel.jit.fn.__name__)
+        def counting(launch, *tensors, **kwargs):
+            self.names.append(launch.kernel.jit.fn.__name__)
             with _disable_current_modes():  # the interpreter's operations
-                call(kernel, *args, **kwargs)
+                call(launch, *tensors, **kwargs)
 
-        with self, mock.patch.object(Kernel, '__call__', counting):
+        with self, mock.patch.object(Launch, '__call__', counting):
             yield
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

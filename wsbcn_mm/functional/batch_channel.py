@@ -1,7 +1,6 @@
 """Batch-Channel Normalization: coefficients, their gradient, a forward."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Optional, Tuple
 
 import torch
@@ -195,18 +194,21 @@ def learn_and_normalize(
     """
     if is_transformed(x, *parameters):
         return None
-    forward = getattr(kernels.select(x), 'batch_channel_forward', None)
+    kernel = kernels.select(x)
     running = estimates['running_mean'], estimates['running_var']
-    if forward is None or not all(t.is_contiguous() for t in running):
+    if not hasattr(kernel, 'batch_channel_forward') or not all(
+        t.is_contiguous() for t in running
+    ):
         return None
-    settings = dict(num_groups=num_groups, eps=eps)
-    forward = partial(forward, estimate=estimate, **estimates, **settings)
+    settings = dict(num_groups=num_groups, eps=eps, estimate=estimate)
     if wants_graph(x, *parameters):
         result = _LearnAndNormalize.apply(
-            x, forward, estimate, settings, *parameters
+            x, kernel, estimates, settings, *parameters
         )
     else:
-        result = forward(x, *parameters)[0]
+        result, _ = kernel.batch_channel_forward(
+            x, *parameters, **estimates, **settings
+        )
     for t in running:
         if not t.is_inference():  # autograd knows nothing of it
             torch.autograd.graph.increment_version(t)
@@ -215,26 +217,40 @@ def learn_and_normalize(
 
 class _LearnAndNormalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, forward, estimate, settings, *parameters):
-        result, ctx.used, ctx.pull_back = forward(x, *parameters)
+    def forward(ctx, x, kernel, estimates, settings, *parameters):
+        result, ctx.small = kernel.batch_channel_forward(
+            x, *parameters, **estimates, **settings
+        )
         ctx.save_for_backward(x, *parameters)
-        ctx.estimate, ctx.settings = estimate, settings
+        ctx.kernel, ctx.settings = kernel, settings
         return result
 
     @staticmethod
     def backward(ctx, grad):
         x, *parameters = ctx.saved_tensors
+        mean, var, used_mean, used_var = ctx.small
+        settings = ctx.settings
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
             wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
-            if ctx.estimate:
+            constants = settings['num_groups'], settings['eps']
+            if settings['estimate']:
                 coefficients = BatchChannelCoefficients(
-                    *ctx.used, **ctx.settings
+                    used_mean, used_var, *constants
                 )
             else:
-                coefficients = LargeBatchChannelCoefficients(**ctx.settings)
+                coefficients = LargeBatchChannelCoefficients(*constants)
             grads = differentiable_backward(
                 grad, x, parameters, coefficients, wanted
             )
         else:
-            grads = ctx.pull_back(grad, x, *parameters)
+            grads = ctx.kernel.batch_channel_backward(
+                grad,
+                x,
+                mean,
+                var,
+                *parameters,
+                running_mean=used_mean,
+                running_var=used_var,
+                **settings,
+            )
         return grads[0], None, None, None, *grads[1:]

@@ -7,7 +7,7 @@ a launch of its own.
 """
 
 import math
-from typing import Callable, Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 import triton
@@ -15,19 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused_coefficients import (
+    Coefficients,
+    Groups,
+    InputCoefficients,
     Shares,
     batch_channel,
-    coefficients,
-    input_coefficients,
     join_moments,
     load,
-    of_groups,
     place_of_group,
     pulled_back,
     through_moments,
 )
 from .fused_weight import standardize_weight
-from .launch import kernel, on_its_device, power_of_2
+from .launch import Launch, kernel, on_its_device, planned, power_of_2
 from .layout import dense
 from .plain import moved_estimates, statistics_dtype
 
@@ -49,12 +49,12 @@ _ELEMENTS = 4096  # of a tile: 32 a thread
 @on_its_device
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
-    tiling = _tiling(x)
-    result = _small(x, len(x), len(x))
-    tiles = _moments_of_tiles(x, result, tiling)
-    if tiles is not result:
-        join_moments(tiles, result, _positions(tiling), _length(x))
-    return result
+    passes = _passes(x)
+    mean, var = x.new_empty(2, *x.shape[:2], dtype=passes.dtype)
+    tiles = passes.moments(x, (mean, var))
+    if passes.tiles > 1:
+        passes.join(*tiles, mean, var)
+    return mean, var
 
 
 @on_its_device
@@ -62,7 +62,7 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     x = dense(x)
     result = torch.empty_like(x)
     small = [t.contiguous() for t in (center, scale, shift)]
-    _affine((x, result, *small), *_tiling(x))
+    _passes(x, *small).affine(x, result, *small)
     return result
 
 
@@ -70,8 +70,10 @@ def affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     grad = dense(grad, like=x)
-    tiles = _sums_of_tiles(grad, x, center.contiguous(), _tiling(x))
-    return (tiles if tiles.dim() == 3 else tiles.sum(3)).unbind()
+    center = center.contiguous()
+    passes = _passes(x, grad, center)
+    sums = passes.sums(grad, x, center)
+    return (sums.sum(3) if passes.tiles > 1 else sums).unbind()
 
 
 @on_its_device
@@ -87,7 +89,7 @@ def input_grad(
     grad = dense(grad, like=x)
     result = torch.empty_like(x)
     small = [t.contiguous() for t in (center, scale, slope, offset)]
-    _input_grad((grad, x, result, *small), *_tiling(x))
+    _passes(x, grad, *small).input_grad(grad, x, result, *small)
     return result
 
 
@@ -103,35 +105,19 @@ def batch_channel_forward(
     estimate: bool,
     num_groups: int,
     eps: float,
-) -> Tuple[Tensor, Tuple[Tensor, Tensor], Callable]:
+) -> Tuple[Tensor, Tuple[Tensor, ...]]:
     """A whole training forward: three launches, or four for many tiles."""
     x = dense(x)
-    tiling = _tiling(x)
-    mean, var, scale, shift, used = _small(x, *[len(x)] * 4, 2)
-    used = used.unbind()
-    tiles = _moments_of_tiles(x, (mean, var), tiling, count)
-    coefficients(
-        tiles,
-        (mean, var, scale, shift),
-        (running_mean, running_var),
-        parameters,
-        num_groups,
-        eps,
-        positions=_positions(tiling),
-        length=_length(x),
-        learned=(*used, count),
-        momentum=momentum,
-        annealing=annealing,
-        estimate=estimate,
+    given = [*(t.contiguous() for t in parameters), running_mean, running_var]
+    settings = num_groups, eps, parameters[2].numel()
+    forward = _forward(
+        *(x, *given, count),
+        settings=(*settings, estimate, momentum is None, annealing),
     )
-    result = torch.empty_like(x)
-    _affine((x, result, mean, scale, shift), *tiling)
-    pull_back = _pull_back(
-        mean, var, used, parameters, num_groups, eps, estimate
-    )
-    return result, used, pull_back
+    return forward(x, given[:4], given[4:], count, momentum)
 
 
+@on_its_device
 def batch_channel_backward(
     grad: Tensor,
     x: Tensor,
@@ -142,115 +128,164 @@ def batch_channel_backward(
     running_var: Tensor,
     num_groups: int,
     eps: float,
+    estimate: bool = True,
 ) -> Tuple[Tensor, ...]:
     """A whole backward pass: one launch where a group is a program's."""
-    estimates = running_mean.contiguous(), running_var.contiguous()
-    pull_back = _pull_back(mean, var, estimates, parameters, num_groups, eps)
-    return pull_back(grad, x, *parameters)
+    x = dense(x)  # hooks may have changed its layout
+    grad = dense(grad, like=x)
+    # The last bias has no part in it.
+    small = mean, var, running_mean, running_var, *parameters[:3]
+    small = [t.contiguous() for t in small]
+    settings = num_groups, eps, parameters[2].numel(), estimate
+    return _backward(x, grad, *small, settings=settings)(grad, x, small)
 
 
-def _pull_back(
-    mean: Tensor,
-    var: Tensor,
-    statistics: Tuple[Tensor, Tensor],
-    parameters: Tuple[Tensor, ...],
-    num_groups: int,
-    eps: float,
-    estimate: bool = True,
-) -> Callable[..., Tuple[Tensor, ...]]:
-    """From the gradient, ``x`` and the parameters to their gradients."""
-    programs, numbers, constants = of_groups(mean, parameters, num_groups, eps)
+class _Passes:
+    """Launches over tiles of activations."""
 
-    @on_its_device
-    def pull_back(
-        grad: Tensor, x: Tensor, *parameters: Tensor
-    ) -> Tuple[Tensor, ...]:
-        x = dense(x)
-        grad = dense(grad, like=x)
+    def __init__(self, shape, dtype, is_contiguous):
+        samples, channels = shape[:2]
+        self.shape = tuple(shape[:2])
+        self.dtype = statistics_dtype(dtype)
+        self.rows = samples * channels
+        self.length = length = math.prod(shape[2:])
+        # Told what divides these, the compiler loads as much at once. That is
+        # all it is told of them: else each size of image would be compiled
+        # for.
+        unit, channel_unit = math.gcd(length, 8), math.gcd(channels, 16)
+        if is_contiguous:
+            width = min(power_of_2(length), _ELEMENTS)
+            height = max(1, _elements(unit) // width)
+            height = min(power_of_2(channels), height)
+        else:
+            height = min(power_of_2(channels), 64)
+            width = min(power_of_2(length), _ELEMENTS // height)
+        self.positions = width
+        self.tiles = -(-length // width)  # of a channel
+        launch = (
+            # One dimension, since the others of a grid end at 65,535.
+            self.tiles * -(-channels // height) * samples,
+            (channels // channel_unit, length // unit),
+            (channel_unit, unit, not is_contiguous, height, width),
+        )
+        constants = launch[2]
+        self._moments, self._counted_moments = (
+            Launch(_tile_moments, *launch[:2], (*constants, counts))
+            for counts in (False, True)
+        )
+        self._sums = Launch(_tile_sums, *launch)
+        self.affine = Launch(_affine, *launch)
+        self.input_grad = Launch(_input_grad, *launch)
+        self.join = join_moments(self.rows, length, width, self.tiles)
+
+    def moments(
+        self,
+        x: Tensor,
+        results: Sequence[Tensor],
+        forwards: Optional[Tensor] = None,
+    ) -> Sequence[Tensor]:
+        """Mean and variance of each tile, and one more of ``forwards``.
+
+        Those of channels that are one tile are the results, and filled in
+        there.
+        """
+        if self.tiles > 1:
+            # By themselves, since a backward pass has no need of them.
+            size = self.rows * self.tiles
+            results = x.new_empty(2, size, dtype=self.dtype).unbind()
+        if forwards is None:
+            self._moments(x, *results, x)
+        else:
+            self._counted_moments(x, *results, forwards)
+        return results
+
+    def sums(self, grad: Tensor, x: Tensor, center: Tensor) -> Tensor:
+        """Those of ``reduce``, of each tile: (2, N, C) or (2, N, C, *)."""
+        shape = 2, *self.shape
+        if self.tiles > 1:
+            shape = *shape, self.tiles
+        sums = x.new_empty(shape, dtype=self.dtype)
+        self._sums(grad, x, center, *sums.unbind())
+        return sums
+
+
+class _Forward:
+    """The launches of a training forward."""
+
+    def __init__(
+        self, shape, dtype, is_contiguous, num_groups, eps, pairs, *learning
+    ):
+        self._passes = passes = _Passes(shape, dtype, is_contiguous)
+        self._coefficients = Coefficients(
+            Groups(*passes.shape, num_groups, eps, pairs),
+            passes.length,
+            passes.positions,
+            passes.tiles,
+            learning,
+        )
+        # Mean, variance, scale, shift, and the two that are used.
+        self._sizes = [passes.rows] * 4 + [passes.shape[1]] * 2
+        self._size = sum(self._sizes)
+
+    def __call__(self, x, parameters, estimates, count, momentum):
+        small = x.new_empty(self._size, dtype=self._passes.dtype)
+        mean, var, scale, shift, *used = small.split_with_sizes(self._sizes)
+        self._coefficients(
+            self._passes.moments(x, (mean, var), count),
+            (mean, var, scale, shift),
+            estimates,
+            parameters,
+            (*used, count),
+            momentum,
+        )
         result = torch.empty_like(x)
-        length = _length(x)
+        self._passes.affine(x, result, mean, scale, shift)
+        return result, (mean, var, *used)
+
+
+class _Backward:
+    """The launches of a backward pass."""
+
+    def __init__(
+        self, shape, dtype, is_contiguous, num_groups, eps, pairs, estimate
+    ):
+        self._passes = passes = _Passes(shape, dtype, is_contiguous)
+        groups = Groups(*passes.shape, num_groups, eps, pairs)
+        self._shares = Shares(groups)
+        self._whole = None
+        length = passes.length
         unit = math.gcd(length, 8)
         positions = power_of_2(length)
         # A float64 takes two registers.
-        registers = constants[-1] * positions * mean.element_size() // 4
+        registers = groups.size * positions * passes.dtype.itemsize // 4
         if estimate and registers <= _elements(unit):
-            shares = Shares(mean, parameters)
-            _whole_backward(
-                (
-                    *(mean, var, *statistics),
-                    *[t.contiguous() for t in parameters[:3]],
-                    *(grad, x, result, shares.room),
-                ),
+            programs, numbers, constants = groups.each_of_samples()
+            self._whole = Launch(
+                _whole_backward,
                 programs,
                 (*numbers, length // unit),
-                (*constants, unit, not x.is_contiguous(), positions),
-                num_warps=_warps(registers),
+                (*constants, unit, not is_contiguous, positions),
+                _warps(registers),
             )
-            return result, *shares.summed()
-        tiling = _tiling(x)  # hooks may have changed its layout
-        affine = mean.new_empty(3, *mean.shape).unbind()
-        grads = input_coefficients(
-            (mean, var),
-            statistics,
-            parameters,
-            _sums_of_tiles(grad, x, mean, tiling),
-            affine,
-            num_groups,
-            eps,
-            length=length,
-            estimate=estimate,
+        self._coefficients = InputCoefficients(
+            groups, length, passes.tiles, estimate
         )
-        _input_grad((grad, x, result, mean, *affine), *tiling)
+
+    def __call__(self, grad, x, small):
+        result = torch.empty_like(x)
+        if self._whole:
+            room = self._shares.room(small[0])
+            self._whole(*small, grad, x, result, room)
+            return result, *self._shares.summed(room)
+        mean = small[0]
+        affine = mean.new_empty(3, self._passes.rows).unbind()
+        sums = self._passes.sums(grad, x, mean)
+        grads = self._coefficients(small, sums, affine)
+        self._passes.input_grad(grad, x, result, mean, *affine)
         return result, *grads
 
-    return pull_back
 
-
-def _moments_of_tiles(
-    x: Tensor,
-    result: Tuple[Tensor, Tensor],
-    tiling: tuple,
-    forwards: Optional[Tensor] = None,
-) -> Tuple[Tensor, Tensor]:
-    """Mean and variance of each tile, and one more of ``forwards``.
-
-    Those of channels that are one tile are the result, and filled in there.
-    """
-    programs, numbers, constants = tiling
-    rows = len(x) * _count(x, tiling)
-    # By themselves, since a backward pass has no need of them.
-    tiles = _small(x, rows, rows) if rows > len(x) else result
-    _tile_moments(
-        (x, *tiles, x if forwards is None else forwards),
-        programs,
-        numbers,
-        (*constants, forwards is not None),
-    )
-    return tiles
-
-
-def _sums_of_tiles(
-    grad: Tensor, x: Tensor, center: Tensor, tiling: tuple
-) -> Tensor:
-    """Those of ``reduce``, of each tile, shape (2, N, C) or (2, N, C, *)."""
-    shape = 2, *x.shape[:2]
-    count = _count(x, tiling)
-    if count > 1:
-        shape = *shape, count
-    tiles = x.new_empty(shape, dtype=statistics_dtype(x.dtype))
-    _tile_sums((grad, x, center, *tiles.unbind()), *tiling)
-    return tiles
-
-
-def _small(x: Tensor, *rows: int) -> Tuple[Tensor, ...]:
-    """Room for so many rows of a number a channel each, in one block."""
-    dtype = statistics_dtype(x.dtype)
-    block = x.new_empty(sum(rows), x.shape[1], dtype=dtype)
-    return torch.split_with_sizes(block, rows)
-
-
-def _length(x: Tensor) -> int:
-    return math.prod(x.shape[2:])
+_passes, _forward, _backward = map(planned, (_Passes, _Forward, _Backward))
 
 
 def _elements(unit: int) -> int:
@@ -263,36 +298,6 @@ def _warps(registers: int) -> int:
     """Of a program that holds as much of x, and of its gradient."""
     # 16 registers a thread for each: with 32 it takes up to all 255.
     return max(4, registers // 512)
-
-
-def _tiling(x: Tensor) -> Tuple[int, tuple, tuple]:
-    """Programs, numbers and constants of the kernels over tiles of ``x``."""
-    samples, channels = x.shape[:2]
-    length = _length(x)
-    # Told what divides these, the compiler loads as much at once. That is all
-    # it is told of them: else each size of image would be compiled for.
-    unit, channel_unit = math.gcd(length, 8), math.gcd(channels, 16)
-    is_last = not x.is_contiguous()
-    if is_last:
-        height = min(power_of_2(channels), 64)
-        width = min(power_of_2(length), _ELEMENTS // height)
-    else:
-        width = min(power_of_2(length), _ELEMENTS)
-        height = min(power_of_2(channels), max(1, _elements(unit) // width))
-    # One dimension, since the others of a grid end at 65,535.
-    programs = -(-length // width) * -(-channels // height) * samples
-    numbers = channels // channel_unit, length // unit
-    return programs, numbers, (channel_unit, unit, is_last, height, width)
-
-
-def _positions(tiling: Tuple[int, tuple, tuple]) -> int:
-    """Of a channel, in a tile."""
-    return tiling[2][-1]
-
-
-def _count(x: Tensor, tiling: Tuple[int, tuple, tuple]) -> int:
-    """How many tiles a channel has."""
-    return -(-_length(x) // _positions(tiling))
 
 
 @triton.jit

@@ -5,15 +5,14 @@ PyTorch's operations they are some forty launches of a few microseconds of
 arithmetic each, which is what a small layer would spend its time on.
 """
 
-from typing import Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .closed_form import Gradient
-from .launch import kernel, on_its_device, power_of_2
+from .launch import Launch, kernel, on_its_device, planned, power_of_2
 
 # Numbers of a kind in a program's registers. A backward pass has more kinds.
 _AT_ONCE = 1024
@@ -31,201 +30,233 @@ def batch_channel(
     eps: float,
 ) -> Gradient:
     """The same as in ``closed_form``, one launch each way."""
-    mean, var = mean.contiguous(), var.contiguous()
-    scale, shift = mean.new_empty(2, *mean.shape)
-    constants = num_groups, eps
-    estimates = running_mean.contiguous(), running_var.contiguous()
-    coefficients(
-        (mean, var),
-        (mean, var, scale, shift),
-        estimates,
-        parameters,
-        *constants,
+    given = [
+        t.contiguous()
+        for t in (mean, var, *parameters, running_mean, running_var)
+    ]
+    mean, var, *parameters, running_mean, running_var = given
+    forward, backward, shares = _both_ways(
+        *given, settings=(num_groups, eps, parameters[2].numel())
     )
+    scale, shift = mean.new_empty(2, *mean.shape)
+    estimates = running_mean, running_var
+    forward((mean, var), (mean, var, scale, shift), estimates, parameters)
 
     @on_its_device
     def pull_back(grad_scale: Tensor, grad_shift: Tensor):
         grad_mean, grad_var = mean.new_empty(2, *mean.shape)
-        shares = Shares(mean, parameters)
-        _backward(
-            (
-                *(mean, var, *estimates),
-                *[t.contiguous() for t in parameters[:3]],
-                *(grad_scale.contiguous(), grad_shift.contiguous()),
-                *(grad_mean, grad_var, shares.room),
-            ),
-            *of_groups(mean, parameters, *constants),
+        room = shares.room(mean)
+        backward(
+            *(mean, var, *estimates, *parameters[:3]),
+            *(grad_scale.contiguous(), grad_shift.contiguous()),
+            *(grad_mean, grad_var, room),
         )
-        return grad_mean, grad_var, *shares.summed()
+        return grad_mean, grad_var, *shares.summed(room)
 
     return scale, shift, pull_back
 
 
-def coefficients(
-    tiles: Tuple[Tensor, Tensor],
-    results: Tuple[Tensor, Tensor, Tensor, Tensor],
-    estimates: Tuple[Tensor, Tensor],
-    parameters: Sequence[Tensor],
-    num_groups: int,
-    eps: float,
-    *,
-    positions: int = 1,
-    length: int = 1,
-    learned: Optional[Tuple[Tensor, Tensor, Tensor]] = None,
-    momentum: Optional[float] = 0.0,
-    annealing: bool = False,
-    estimate: bool = True,
-) -> None:
-    """Fill in the mean, the variance, the scale and the shift, in one launch.
+@planned
+def _both_ways(shape, dtype, is_contiguous, *settings):
+    groups = Groups(*shape, *settings)
+    backward = Launch(_backward, *groups.each_of_samples())
+    return Coefficients(groups), backward, Shares(groups)
+
+
+class Groups(NamedTuple):
+    """The groups of channels that coefficients are computed of."""
+
+    samples: int
+    channels: int
+    num_groups: int
+    eps: float
+    pairs: int  # of the output affine: one a group, or one a channel
+
+    @property
+    def size(self) -> int:
+        """Room for the channels of one."""
+        return power_of_2(self.channels // self.num_groups)
+
+    @property
+    def constants(self) -> tuple:
+        return self.eps, self.pairs != self.num_groups
+
+    @property
+    def sizes(self) -> Tuple[int, ...]:
+        """Of batch weight and bias, weight and bias."""
+        return self.channels, self.channels, self.pairs, self.pairs
+
+    def each_of_samples(self) -> Tuple[int, tuple, tuple]:
+        """Programs, one for each sample's group, numbers and constants."""
+        return (
+            self.samples * self.num_groups,
+            (self.channels, self.num_groups),
+            (*self.constants, self.size),
+        )
+
+    def samples_at_once(self, tiles: int, most: int) -> int:
+        """How many a program looks at together, of so many numbers."""
+        room = max(most // (self.size * tiles), 1)
+        return min(power_of_2(self.samples), room)
+
+
+class Coefficients:
+    """Fills in the mean, the variance, the scale and the shift.
+
+    In one launch, or two for many tiles.
 
     Args:
-        tiles (tuple[Tensor]): Mean and variance of each channel, or of tiles
-            of so many of its positions.
-        results (tuple[Tensor]): The four, shape (N, C). Of what is no tiles,
-            mean and variance may be ``tiles``.
-        estimates (tuple[Tensor]): ``running_mean`` and ``running_var``.
-        parameters (Sequence[Tensor]): Batch weight and bias, weight and bias.
-        num_groups (int): Number of channel groups.
-        eps (float): Added to both variances.
+        groups (Groups): The groups.
+        length (int): Number of positions.
         positions (int): In a tile.
-        length (int): Number of positions.
-        learned (tuple[Tensor] | None): Where to put the mean and the variance
-            that are used, and the number of this forward: the estimates are
-            moved, in place. Default: None, they stay.
-        momentum, annealing: See :func:`rate_of_forward`.
-        estimate (bool): Whether the estimates are used, once moved, or the
-            batch's own statistics.
+        tiles (int): Of a channel.
+        learning (tuple[bool] | None): Whether the estimates are what is used,
+            once moved, or the batch's own statistics, whether they are moved
+            by averaging, and whether by annealing. Default: None, they stay.
     """
-    samples, channels = results[0].shape
-    count = tiles[0].numel() // results[0].numel()
-    size = power_of_2(channels // num_groups)
-    most = power_of_2(count)
-    if most > 1 and most * size > _AT_ONCE:
-        join_moments(tiles, results[:2], positions, length)
-        tiles, count, most = results[:2], 1, 1
-    _forward(
-        (
-            *(*tiles, *results, *estimates, *(learned or results[:3])),
-            *[t.contiguous() for t in parameters],
-        ),
-        num_groups,
-        (
-            *(samples, channels, num_groups, length, count),
-            0.0 if momentum is None else momentum,
-        ),
-        (
-            *(eps, parameters[2].numel() != num_groups, learned is not None),
-            *(estimate, momentum is None, annealing, positions),
-            *(_at_once(samples, size * most, _AT_ONCE), size, most),
-        ),
-    )
+
+    def __init__(
+        self,
+        groups: Groups,
+        length: int = 1,
+        positions: int = 1,
+        tiles: int = 1,
+        learning: Optional[Tuple[bool, bool, bool]] = None,
+    ):
+        self._join = None
+        most = power_of_2(tiles)
+        if tiles > 1 and most * groups.size > _AT_ONCE:
+            rows = groups.samples * groups.channels
+            self._join = join_moments(rows, length, positions, tiles)
+            tiles = most = 1
+        self._learns = learning is not None
+        self._launch = Launch(
+            _forward,
+            groups.num_groups,
+            (*groups[:3], length, tiles),
+            (
+                *(*groups.constants, self._learns),
+                *(learning or (True, False, False)),
+                *(positions, groups.samples_at_once(most, _AT_ONCE)),
+                *(groups.size, most),
+            ),
+        )
+
+    def __call__(
+        self,
+        tiles: Sequence[Tensor],
+        results: Sequence[Tensor],
+        estimates: Tuple[Tensor, Tensor],
+        parameters: Sequence[Tensor],
+        learned: Sequence[Tensor] = (),
+        momentum: Optional[float] = None,
+    ) -> None:
+        """Launch it.
+
+        Args:
+            tiles (Sequence[Tensor]): Mean and variance of each channel, or of
+                tiles of it.
+            results (Sequence[Tensor]): The four, (N, C) in memory. Of what is
+                no tiles, mean and variance may be ``tiles``.
+            estimates (tuple[Tensor]): ``running_mean`` and ``running_var``.
+            parameters (Sequence[Tensor]): Batch weight and bias, weight and
+                bias.
+            learned (Sequence[Tensor]): Where to put the mean and the variance
+                that are used, and the number of this forward: the estimates
+                are moved, in place.
+            momentum (float | None): See :func:`rate_of_forward`.
+        """
+        if self._join:
+            self._join(*tiles, *results[:2])
+            tiles = results[:2]
+        self._launch(
+            *(*tiles, *results, *estimates),
+            *(learned if self._learns else results[:3]),
+            *parameters,
+            numbers=(0.0 if momentum is None else momentum,),
+        )
 
 
-def input_coefficients(
-    moments: Tuple[Tensor, Tensor],
-    statistics: Tuple[Tensor, Tensor],
-    parameters: Sequence[Tensor],
-    sums: Tensor,
-    results: Tuple[Tensor, Tensor, Tensor],
-    num_groups: int,
-    eps: float,
-    *,
-    length: int,
-    estimate: bool = True,
-) -> Tuple[Tensor, ...]:
-    """Fill in the scale, the slope and the offset of a backward pass.
+class InputCoefficients:
+    """Fills in the scale, the slope and the offset of a backward pass.
 
     Args:
-        moments (tuple[Tensor]): Mean and variance of each channel, (N, C).
-        statistics (tuple[Tensor]): What was normalized with, shape (C,).
-        parameters (Sequence[Tensor]): Batch weight and bias, weight and bias.
-        sums (Tensor): Of the gradient, and of its products with the centred
-            input, in each channel or in tiles of it: (2, N, C) or
-            (2, N, C, tiles).
-        results (tuple[Tensor]): What the gradient of the input is affine
-            with, shape (N, C).
-        num_groups (int): Number of channel groups.
-        eps (float): Added to both variances.
+        groups (Groups): The groups.
         length (int): Number of positions.
-        estimate (bool): Whether the statistics are constants, or those of
-            the moments.
-
-    Returns:
-        tuple[Tensor]: The gradients of the parameters.
+        tiles (int): Of a channel.
+        estimate (bool): Whether what was normalized with are constants, or
+            the statistics of the moments.
     """
-    samples, channels = moments[0].shape
-    size = power_of_2(channels // num_groups)
-    count = sums[0].numel() // moments[0].numel()
-    if count > 1 and size * power_of_2(count) > _AT_ONCE_BACKWARD:
-        sums, count = sums.sum(3), 1
-    most = power_of_2(count)
-    sizes = [t.numel() for t in parameters]
-    grads = moments[0].new_empty(sum(sizes))
-    # The last bias has no part in it.
-    small = *moments, *statistics, *[t.contiguous() for t in parameters[:3]]
-    _input_coefficients(
-        (*small, *sums.unbind(), *results, grads),
-        num_groups,
-        (samples, channels, num_groups, length, count),
-        (
-            *(eps, parameters[2].numel() != num_groups, estimate),
-            *(_at_once(samples, size * most, _AT_ONCE_BACKWARD), size, most),
-        ),
-    )
-    return torch.split_with_sizes(grads, sizes)
+
+    def __init__(
+        self, groups: Groups, length: int, tiles: int, estimate: bool
+    ):
+        most = power_of_2(tiles)
+        self._joins = tiles > 1 and most * groups.size > _AT_ONCE_BACKWARD
+        if self._joins:
+            tiles = most = 1
+        self._sizes = groups.sizes
+        self._launch = Launch(
+            _input_coefficients,
+            groups.num_groups,
+            (*groups[:3], length, tiles),
+            (
+                *(*groups.constants, estimate),
+                groups.samples_at_once(most, _AT_ONCE_BACKWARD),
+                *(groups.size, most),
+            ),
+        )
+
+    def __call__(
+        self,
+        small: Sequence[Tensor],
+        sums: Tensor,
+        results: Sequence[Tensor],
+    ) -> Tuple[Tensor, ...]:
+        """Launch it.
+
+        Args:
+            small (Sequence[Tensor]): Mean and variance of each channel, the
+                two that were normalized with, batch weight and bias, weight.
+            sums (Tensor): Of the gradient, and of its products with the
+                centred input, in each channel or in tiles of it: (2, N, C) or
+                (2, N, C, tiles).
+            results (Sequence[Tensor]): What the gradient of the input is
+                affine with, (N, C) in memory.
+
+        Returns:
+            tuple[Tensor]: The gradients of the parameters, the last bias too,
+            which has no part in it.
+        """
+        if self._joins:
+            sums = sums.sum(3)
+        grads = sums.new_empty(sum(self._sizes))
+        self._launch(*small, *sums.unbind(), *results, grads)
+        return grads.split_with_sizes(self._sizes)
 
 
-def _at_once(samples: int, numbers: int, most: int) -> int:
-    """Samples of so many numbers that a program looks at together."""
-    return min(power_of_2(samples), max(most // numbers, 1))
-
-
-def join_moments(
-    tiles: Tuple[Tensor, Tensor],
-    results: Tuple[Tensor, Tensor],
-    positions: int,
-    length: int,
-) -> None:
-    """Fill in the moments of channels from those of their tiles."""
-    rows = results[0].numel()
-    count = tiles[0].numel() // rows
-    _join_moments(
-        (*tiles, *results),
-        rows,
-        (length, count),
-        (positions, power_of_2(count)),
-    )
-
-
-def of_groups(
-    mean: Tensor, parameters: Sequence[Tensor], num_groups: int, eps: float
-) -> Tuple[int, tuple, tuple]:
-    """A program for each sample's group: their number, numbers, constants."""
-    samples, channels = mean.shape
-    per_channel = parameters[2].numel() != num_groups
-    return (
-        samples * num_groups,
-        (channels, num_groups),
-        (eps, per_channel, power_of_2(channels // num_groups)),
-    )
+def join_moments(rows: int, length: int, positions: int, tiles: int) -> Launch:
+    """Fills in the moments of channels from those of their tiles."""
+    constants = positions, power_of_2(tiles)
+    return Launch(_join_moments, rows, (length, tiles), constants)
 
 
 class Shares:
-    """Each sample's shares in the gradients of the parameters.
+    """Each sample's shares in the gradients of the parameters."""
 
-    Attributes:
-        room (Tensor): Where kernels put them.
-    """
+    def __init__(self, groups: Groups):
+        self._sizes = groups.sizes
+        self._samples = groups.samples
 
-    def __init__(self, mean: Tensor, parameters: Sequence[Tensor]):
-        self._sizes = [t.numel() for t in parameters]
-        self.room = mean.new_empty(mean.shape[0], sum(self._sizes))
+    def room(self, mean: Tensor) -> Tensor:
+        """Where kernels put them."""
+        return mean.new_empty(self._samples * sum(self._sizes))
 
-    def summed(self) -> Tuple[Tensor, ...]:
+    def summed(self, room: Tensor) -> Tuple[Tensor, ...]:
         """The gradients."""
-        shares = self.room
-        grads = shares.sum(0) if len(shares) > 1 else shares[0]
-        return torch.split_with_sizes(grads, self._sizes)
+        if self._samples > 1:
+            room = room.view(self._samples, -1).sum(0)
+        return room.split_with_sizes(self._sizes)
 
 
 @triton.jit

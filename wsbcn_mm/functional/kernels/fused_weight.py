@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import kernel, on_its_device, power_of_2
+from .launch import Launch, kernel, on_its_device, planned, power_of_2
 from .layout import dense
 
 _ELEMENTS = 4096  # of a filter, at a time
@@ -20,25 +20,33 @@ def standardize_weight(
 ) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The same as in ``plain``."""
     weight = dense(weight)
-    filters = weight.shape[0]
-    count = weight.numel() // filters
-    # As in ``fused``: what divides the length tells how much to load at once.
-    unit = math.gcd(count, 8)
-    at_once = min(power_of_2(count), _ELEMENTS)
-    constants = unit, at_once, eps, weight.dtype == torch.float64
-    programs = filters, (count // unit,), constants
-    num_warps = min(max(at_once // 512, 1), 8)
     result = torch.empty_like(weight, dtype=dtype)
-    _standardize((weight, result), *programs, num_warps)
+    forward, backward = _both_ways(weight, result, settings=(eps,))
+    forward(weight, result)
 
     @on_its_device
     def pull_back(grad: Tensor) -> Tensor:
-        grad = dense(grad, like=weight)
+        grad = dense(grad.to(dtype), like=weight)
         result = torch.empty_like(weight)
-        _pull_back((grad, weight, result), *programs, num_warps)
+        backward(grad, weight, result)
         return result
 
     return result, pull_back
+
+
+@planned
+def _both_ways(shape, dtype, is_contiguous, eps):
+    filters = shape[0]
+    count = math.prod(shape[1:])
+    # As in ``fused``: what divides the length tells how much to load at once.
+    unit = math.gcd(count, 8)
+    at_once = min(power_of_2(count), _ELEMENTS)
+    num_warps = min(max(at_once // 512, 1), 8)
+    constants = unit, at_once, eps, dtype == torch.float64
+    return [
+        Launch(function, filters, (count // unit,), constants, num_warps)
+        for function in (_standardize, _pull_back)
+    ]
 
 
 @triton.jit

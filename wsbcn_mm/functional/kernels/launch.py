@@ -1,6 +1,6 @@
 """How a Triton kernel is launched."""
 
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from operator import or_
 from typing import Callable, Dict, Sequence, Tuple
 
@@ -16,13 +16,6 @@ _TAKES_CONSTANTS = TorchVersion(triton.__version__) >= '3.3'
 class Kernel:
     """A Triton kernel, and what was compiled of it.
 
-    Triton looks at every argument of every launch to tell which code it is
-    for, which on small layers takes the processor longer than the GPU is busy.
-    Here it is asked once for each kind of launch: device, dtypes, constants,
-    warps. Nothing else makes a difference: code is the same for all numbers,
-    and for all tensors that begin at a multiple of 16 bytes. For one that does
-    not, Triton is asked each time.
-
     Args:
         function (Callable): Tensors, numbers and constants, in this order.
         numbers (Sequence[str]): The names of its numbers.
@@ -30,46 +23,115 @@ class Kernel:
 
     def __init__(self, function: Callable, numbers: Sequence[str]):
         self.jit = triton.jit(function, do_not_specialize=list(numbers))
-        self._compiled: Dict[tuple, Callable] = {}
-
-    def __call__(
-        self,
-        tensors: Tuple[Tensor, ...],
-        programs: int,
-        numbers: tuple,
-        constants: tuple,
-        num_warps: int = 4,
-    ) -> None:
-        """Launch so many programs, on the first tensor's device."""
-        key = None
-        if reduce(or_, [t.data_ptr() for t in tensors]) % 16 == 0:
-            key = (
-                tensors[0].device,
-                constants,
-                num_warps,
-                *[t.dtype for t in tensors],
-            )
-            compiled = self._compiled.get(key)
-            if compiled is not None:
-                rest = constants if _TAKES_CONSTANTS else ()
-                compiled[programs, 1, 1](*tensors, *numbers, *rest)
-                return
-        compiled = self.jit[programs,](
-            *tensors, *numbers, *constants, num_warps=num_warps
-        )
-        # The interpreter compiles nothing.
-        if key and compiled is not None:
-            self._compiled[key] = compiled
-
-
-def power_of_2(count: int) -> int:
-    """The next one, sooner than ``triton.next_power_of_2`` has it."""
-    return 1 << (count - 1).bit_length()
+        self.compiled: Dict[tuple, Callable] = {}
 
 
 def kernel(*numbers: str) -> Callable[[Callable], Kernel]:
     """Make a :class:`Kernel` with these numbers of a function."""
     return lambda function: Kernel(function, numbers)
+
+
+class Launch:
+    """A launch with all of its arguments but the tensors.
+
+    Triton looks at every argument of every launch to tell which code it is
+    for, which on small layers takes the processor longer than the GPU is busy.
+    Here it is asked once for each kind of launch: device, dtypes, constants,
+    warps. Nothing else makes a difference: code is the same for all numbers,
+    and for all tensors that begin at a multiple of 16 bytes. For one that does
+    not, Triton is asked each time.
+
+    Of the tensors only the addresses are looked at, so they must be of the
+    same dtypes and on the same device each time: :func:`planned` sees to that.
+
+    Args:
+        kernel (Kernel): What is launched.
+        programs (int): How many of it.
+        numbers (tuple): Numbers, or the first of them.
+        constants (tuple): Constants.
+        num_warps (int): Of a program. Default: 4
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        programs: int,
+        numbers: tuple,
+        constants: tuple,
+        num_warps: int = 4,
+    ):
+        self.kernel, self.programs = kernel, programs
+        self.numbers, self.constants = numbers, constants
+        self.num_warps = num_warps
+        self._rest = constants if _TAKES_CONSTANTS else ()
+        self._run = None
+
+    def __call__(self, *tensors: Tensor, numbers: tuple = ()) -> None:
+        """Launch it, with the last of the numbers."""
+        addresses = [t.data_ptr() for t in tensors]
+        if reduce(or_, addresses) % 16:
+            self._ask_triton(tensors, numbers)
+        elif self._run is not None or self._find(tensors, numbers):
+            self._run(*addresses, *self.numbers, *numbers, *self._rest)
+
+    def _find(self, tensors: Tuple[Tensor, ...], numbers: tuple) -> bool:
+        """Whether it was compiled already. If not, it is launched."""
+        key = (
+            tensors[0].device,
+            self.constants,
+            self.num_warps,
+            *[t.dtype for t in tensors],
+        )
+        compiled = found = self.kernel.compiled.get(key)
+        if compiled is None:
+            compiled = self._ask_triton(tensors, numbers)
+        if compiled is not None:  # the interpreter compiles nothing
+            self.kernel.compiled[key] = compiled
+            self._run = compiled[self.programs, 1, 1]
+        return found is not None
+
+    def _ask_triton(self, tensors: Tuple[Tensor, ...], numbers: tuple):
+        return self.kernel.jit[self.programs,](
+            *(*tensors, *self.numbers, *numbers, *self.constants),
+            num_warps=self.num_warps,
+        )
+
+
+def planned(plan: Callable) -> Callable:
+    """Work out launches once for each kind of tensors and settings.
+
+    Args:
+        plan (Callable): Makes launches from the shape and the dtype of the
+            first tensor, whether it is contiguous, and settings.
+
+    Returns:
+        Callable: The same from tensors, all that are not allocated in
+        between, and settings.
+    """
+    cached = lru_cache(maxsize=4096)(
+        lambda shape, is_contiguous, kind, settings: plan(
+            shape, kind[1], is_contiguous, *settings
+        )
+    )
+
+    def of(*tensors: Tensor, settings: tuple = ()):
+        x = tensors[0]
+        devices = [t.device for t in tensors]
+        if devices.count(devices[0]) < len(devices):
+            raise RuntimeError(
+                'expected all tensors to be on the same device, got an input '
+                f'on {devices[0]} and others on '
+                f'{", ".join(sorted({str(d) for d in devices[1:]}))}'
+            )
+        kind = devices[0], *[t.dtype for t in tensors]
+        return cached(x.shape, x.is_contiguous(), kind, settings)
+
+    return of
+
+
+def power_of_2(count: int) -> int:
+    """The next one, sooner than ``triton.next_power_of_2`` has it."""
+    return 1 << (count - 1).bit_length()
 
 
 def on_its_device(function: Callable) -> Callable:

@@ -221,14 +221,15 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
         count = torch.tensor(3)
         moved = [t.to(x.device, copy=True) for t in (mean, var, count)]
         given = [t.to(x.device) for t in parameters]
-        result, small, pull_back = backend.batch_channel_forward(
+        names = 'running_mean', 'running_var', 'count'
+        settings = dict(estimate=estimate, **constants)
+        result, small = backend.batch_channel_forward(
             x,
             *given,
-            **dict(zip(('running_mean', 'running_var', 'count'), moved)),
+            **dict(zip(names, moved)),
             momentum=momentum,
             annealing=annealing,
-            estimate=estimate,
-            **constants,
+            **settings,
         )
         # As they were rounded: they are compared by themselves.
         moments = [t.double().cpu() for t in backend.moments(x)]
@@ -271,13 +272,17 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
         _is_laid_out(result, x)
         for name, got, wanted in zip(
             ('used_mean', 'used_var', 'running_mean', 'running_var'),
-            (*small, *moved),
+            (*small[2:], *moved),
             (*used, *estimates),
         ):
             size = 1 + wanted.abs().max() + moments[0].abs().max()
             _close(name, got, wanted, 10 * TOLERANCE[dtype] * size)
         _check_backward(
-            pull_back(grad, x, *given),
+            backend.batch_channel_backward(
+                *(grad, x, *small[:2], *given),
+                **dict(zip(names, small[2:])),
+                **settings,
+            ),
             x,
             grad,
             moments[0].to(dtype),
