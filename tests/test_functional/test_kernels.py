@@ -129,6 +129,35 @@ def test_triton_is_asked_once_for_each_kind_of_launch():
     python('-c', 'import kernel_parity as k; k.check_compiled(90)')
 
 
+@needs_triton
+def test_launches_are_of_one_kind_of_tensors():
+    """They look at nothing but addresses."""
+    from wsbcn_mm.functional.kernels.launch import planned
+
+    plans = planned(lambda *kind: kind)
+    x = torch.zeros(2, 4, 3, 3)
+    weight = torch.zeros(4)
+    plan = plans(x, weight, settings=(0.5,))
+    assert plan == ((2, 4, 3, 3), torch.float32, True, 0.5)
+    assert plans(x.clone(), weight.clone(), settings=(0.5,)) is plan
+    for other in (
+        plans(x, weight.half(), settings=(0.5,)),
+        plans(x.half(), weight, settings=(0.5,)),
+        plans(x, weight, weight, settings=(0.5,)),
+        plans(x, weight, settings=(0.25,)),
+        plans(x[:1], weight, settings=(0.5,)),
+        plans(
+            x.contiguous(memory_format=torch.channels_last),
+            weight,
+            settings=(0.5,),
+        ),
+        plans(x.to('meta'), weight.to('meta'), settings=(0.5,)),
+    ):
+        assert other is not plan
+    with pytest.raises(RuntimeError, match='input on cpu and others on meta'):
+        plans(x, weight.to('meta'))
+
+
 def interpret(*arguments):
     """Run Python with Triton's interpreter."""
     python(*arguments, TRITON_INTERPRET='1')

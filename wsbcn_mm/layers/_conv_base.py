@@ -122,8 +122,9 @@ class ConvBase:
 
     def _working_dtype(self) -> torch.dtype:
         """That of the convolution: autocast then casts nothing more."""
-        device, dtype = self.weight.device.type, self.weight.dtype
-        if torch.is_autocast_enabled(device) and dtype == torch.float32:
+        weight = self.weight
+        device, dtype = weight.device.type, weight.dtype
+        if dtype == torch.float32 and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return dtype
 

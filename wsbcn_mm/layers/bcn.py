@@ -173,9 +173,10 @@ class BCN(RunningStatistics, NormBase):
         self.check_input(x)
         settings = dict(num_groups=self.num_groups, eps=self.eps)
         parameters = self.batch_weight, self.batch_bias, self.weight, self.bias
-        tracking = self.training and self.batch_statistics.training
+        switch = self.batch_statistics
+        tracking = self.training and switch.training
         learning = tracking and not in_backward()
-        if tracking and shared_group(self.batch_statistics) is None:
+        if tracking and shared_group(switch) is None:
             if not self.estimate:
                 advice = 'Use several samples, or estimate=True.'
                 self.check_batch(Batch(x), x, 1, 'channel', advice)
@@ -194,7 +195,7 @@ class BCN(RunningStatistics, NormBase):
         mean, var = moments(x)
         batch = coefficients = estimates = None
         if learning or (tracking and not self.estimate):
-            batch = batch_of(self.batch_statistics, x, mean, var)
+            batch = batch_of(switch, x, mean, var)
         if batch and learning:
             estimates = self._update(batch, mean, var)
         if batch and not self.estimate:

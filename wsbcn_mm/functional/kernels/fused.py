@@ -309,17 +309,24 @@ def _place(
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    BACKWARDS: tl.constexpr = False,
 ):
     """A program's tile, their number, rows of small tensors, and where in x.
 
     That is in two parts, of which the one that every element has is a small
     number: it takes registers.
+
+    A pass that comes after another goes backwards: what was read last is in
+    the cache still, where all of it does not fit.
     """
     channels = channel_units * CHANNEL_UNIT
     length = units * UNIT
     tiles = tl.cdiv(length, POSITIONS)
-    tile = tl.program_id(0) % tiles
-    block = tl.program_id(0) // tiles  # of channels, of all samples
+    program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
+    tile = program % tiles
+    block = program // tiles  # of channels, of all samples
     blocks = tl.cdiv(channels, CHANNELS)
     sample = (block // blocks).to(tl.int64)
     channel = block % blocks * CHANNELS
@@ -408,6 +415,7 @@ def _affine(
         CHANNELS_LAST,
         CHANNELS,
         POSITIONS,
+        BACKWARDS=True,
     )
     c = tl.load(center + row, inside, other=0)[:, None]
     s = tl.load(scale + row, inside, other=0)[:, None]
@@ -475,6 +483,7 @@ def _input_grad(
         CHANNELS_LAST,
         CHANNELS,
         POSITIONS,
+        BACKWARDS=True,
     )
     c = tl.load(center + row, inside, other=0)[:, None]
     s = tl.load(scale + row, inside, other=0)[:, None]

@@ -108,7 +108,7 @@ def planned(plan: Callable) -> Callable:
         Callable: The same from tensors, all that are not allocated in
         between, and settings.
     """
-    cached = lru_cache(maxsize=4096)(
+    cached = lru_cache(maxsize=1024)(
         lambda shape, is_contiguous, kind, settings: plan(
             shape, kind[1], is_contiguous, *settings
         )
