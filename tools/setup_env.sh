@@ -59,7 +59,7 @@ forgotten=(ftfy regex "$setuptools")
 # Everything the environment depends on, in one line: unchanged, nothing to do.
 inputs="$STACK torch $TORCH_VERSION $TORCHVISION_VERSION $mmcv ${libraries[*]}
 cuda ${WITH_CUDA:-auto} $PWD $(cksum setup.py tools/setup_env.sh \
-    wsbcn_mm/functional/kernels/compiled.cpp)"
+    tools/build_mmcv.sh wsbcn_mm/functional/kernels/compiled.cpp)"
 stamp=$VENV/.wsbcn_mm_env
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$inputs" ]; then
     echo "Environment $VENV is up to date."
@@ -98,11 +98,11 @@ pip=("$VENV/bin/python" -m pip install --disable-pip-version-check)
 
 step 'Installing the build tools' "${pip[@]}" "$setuptools" wheel ninja psutil
 step "Installing torch $TORCH_VERSION (up to 5 GB, 1-3 minutes)" \
-    "${pip[@]}" "torch==$TORCH_VERSION" "torchvision==$TORCHVISION_VERSION"
+    "${pip[@]}" "torch==$TORCH_VERSION" "torchvision==$TORCHVISION_VERSION" \
+    "$setuptools"
 
 # mmcv publishes no wheels for current torch: build its ops once, keep the
-# wheel. One built against another torch, Python or set of GPUs does not load;
-# pip would take such a one out of its own cache.
+# wheel. One built against another torch, Python or set of GPUs does not load.
 if [ -z "${WITH_CUDA:-}" ]; then
     WITH_CUDA=0
     if command -v nvcc >/dev/null && "$VENV/bin/python" -c \
@@ -156,9 +156,8 @@ wheel=$(find_wheel)
 if [ -z "$wheel" ]; then
     minutes=$((build_minutes / MAX_JOBS + 1))
     step "Compiling $mmcv (about $minutes minutes with $MAX_JOBS jobs)" \
-        env MMCV_WITH_OPS=1 "$VENV/bin/python" -m pip wheel --no-deps \
-        --no-build-isolation --no-binary :all: --no-cache-dir \
-        -w "$wheels" "$mmcv"
+        env PYTHON="$VENV/bin/python" MMCV="$mmcv" \
+        bash tools/build_mmcv.sh "$wheels"
     wheel=$(find_wheel)
     [ -n "$wheel" ] || fail "no wheel of $mmcv in $wheels." "See $log."
 fi

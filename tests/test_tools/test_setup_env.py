@@ -1,7 +1,9 @@
 import os
 import os.path as osp
+import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -9,6 +11,7 @@ ROOT = osp.abspath(osp.join(osp.dirname(__file__), '../..'))
 INPUTS = (
     'setup.py',
     'tools/setup_env.sh',
+    'tools/build_mmcv.sh',
     'wsbcn_mm/functional/kernels/compiled.cpp',
 )
 
@@ -24,7 +27,7 @@ def test_a_gpu_without_nvcc_is_told_before_the_compiling(tmp_path, gpu):
         '.venv/bin/pip': 'exit 0',
         '.venv/bin/python': (
             'case "$*" in *version.cuda*) echo 13.0;; '
-            '*is_available*) exit 1;; *pip\\ wheel*) echo "$*";; esac'
+            '*is_available*) exit 1;; *\\ download\\ *) echo "$*";; esac'
         ),
     }
     for name, body in stand_ins.items():
@@ -51,3 +54,35 @@ def test_a_gpu_without_nvcc_is_told_before_the_compiling(tmp_path, gpu):
     # Or pip would give what it once compiled for any torch.
     log = (tmp_path / '.venv/setup_env.log').read_text()
     assert '--no-cache-dir' in log
+
+
+def test_mmcv_is_compiled_in_the_c_plus_plus_that_torch_asks_for(tmp_path):
+    """With a stand-in for pip, and this torch."""
+    source = tmp_path / 'mmcv-2.1.0'
+    source.mkdir()
+    (source / 'setup.py').write_text("cxx=['-Wall', '-std=c++14']\n")
+    subprocess.run(
+        ['tar', '-czf', 'mmcv.tar.gz', source.name], cwd=tmp_path, check=True
+    )
+    python = tmp_path / 'python'
+    python.write_text(
+        f"""#!/bin/sh
+for last; do :; done
+case "$*" in
+*\\ download\\ *) while [ "$1" != -d ]; do shift; done
+    cp {tmp_path}/mmcv.tar.gz "$2";;
+*\\ wheel\\ *) cp "$last/setup.py" {tmp_path}/compiled;;
+*) exec {sys.executable} "$@";;
+esac
+"""
+    )
+    python.chmod(0o755)
+    subprocess.run(
+        ['bash', osp.join(ROOT, 'tools/build_mmcv.sh'), tmp_path / 'wheels'],
+        check=True,
+        env={**os.environ, 'PYTHON': str(python)},
+    )
+    compiled = (tmp_path / 'compiled').read_text()
+    standard = re.fullmatch(r"cxx=\['-Wall', '-std=c\+\+(\d\d)'\]\n", compiled)
+    assert int(standard[1]) >= 17  # since torch 2.1
+    assert (tmp_path / 'wheels').is_dir()
