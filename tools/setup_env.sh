@@ -37,7 +37,7 @@ openmmlab)
     mmcv=mmcv==2.1.0
     libraries=(mmengine==0.10.7 mmdet==3.3.0 mmsegmentation==1.2.2
         mmpretrain==1.2.0)
-    setuptools='setuptools<80' # mmcv asks for its pkg_resources
+    setuptools='setuptools>=64,<80' # mmcv asks for its pkg_resources
     build_minutes=16
     ;;
 onedl)

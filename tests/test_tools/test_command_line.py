@@ -78,7 +78,7 @@ CALL = 'model = micro_batch_model(_base_.model)\n'
     [
         (IMPORT + CALL, "config.py: _base_ = '...' must be the first line"),
         (IMPORT + BASE + CALL, 'Imports, .* come after it'),
-        (BASE + IMPORT + CALL[:-2], r"config.py, line 3: '\(' was never"),
+        (BASE + IMPORT + CALL[:-2], r"config.py, line 3: ('\(' was|unexpec)"),
         (
             BASE + IMPORT + CALL.replace(')', ', images_per_gpu=32)'),
             '^micro_batch_model: images_per_update counts',
@@ -389,7 +389,7 @@ def called(tmp_path, script, arguments, **environment):
     path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
     done = subprocess.run(
         ['bash', osp.join(ROOT, f'tools/{script}.sh'), *arguments],
-        env={**os.environ, 'PATH': path, **environment},
+        env={'PATH': path, **environment},
         capture_output=True,
         text=True,
         check=True,
