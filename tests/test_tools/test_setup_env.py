@@ -86,3 +86,30 @@ esac
     standard = re.fullmatch(r"cxx=\['-Wall', '-std=c\+\+(\d\d)'\]\n", compiled)
     assert int(standard[1]) >= 17  # since torch 2.1
     assert (tmp_path / 'wheels').is_dir()
+
+
+@pytest.mark.parametrize(
+    'name, has, message',
+    [
+        ('nowhere', '', "no interpreter '{}'"),
+        ('python', 'nothing', "'{}' has no torch to compile for"),
+        ('python', 'torch', "needs more: pip install 'setuptools<80'"),
+    ],
+)
+def test_what_mmcv_needs_is_said_at_once(tmp_path, name, has, message):
+    """With a stand-in for a Python that has little."""
+    python = tmp_path / 'python'
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *{has}*) echo 17;; *) exit 1;; esac\n'
+    )
+    python.chmod(0o755)
+    path = str(tmp_path / name)
+    done = subprocess.run(
+        ['bash', osp.join(ROOT, 'tools/build_mmcv.sh')],
+        env={**os.environ, 'PYTHON': path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith('error: ')
+    assert message.format(path) in done.stderr
