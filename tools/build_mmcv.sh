@@ -27,6 +27,8 @@ import os.path as osp, re, torch
 with open(osp.join(torch.__path__[0], 'include/ATen/ATen.h')) as f:
     print(re.search(r'C\+\+(\d\d) or later', f.read())[1])") ||
     fail "'$PYTHON' has no torch to compile for: set PYTHON to one that has it."
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info >= (3, 13))' ||
+    fail "mmcv's setup fails on Python 3.13 and newer: take 3.9 to 3.12."
 "$PYTHON" -W ignore -c 'import ninja, pkg_resources, psutil, wheel' ||
     fail "mmcv's setup needs more: pip install 'setuptools<80' wheel ninja psutil"
 

@@ -85,10 +85,10 @@ step() { # a line of progress, a command whose output goes to the log
 }
 
 command -v "$PYTHON" >/dev/null ||
-    fail "no interpreter '$PYTHON'." "Set PYTHON to a Python >= 3.9."
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
+    fail "no interpreter '$PYTHON'." "Set PYTHON to a Python 3.9 to 3.12."
+"$PYTHON" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info < (3, 13))' ||
     fail "'$PYTHON' is $("$PYTHON" --version 2>&1)." \
-        "Set PYTHON to a Python >= 3.9."
+        "Set PYTHON to a Python 3.9 to 3.12: mmcv's setup fails on newer ones."
 mkdir -p "$VENV"
 : >"$log"
 [ -x "$VENV/bin/pip" ] ||
