@@ -254,7 +254,7 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
                 POSITIONS=positions,
             )
     check(
-        fused_coefficients._join_moments,
+        fused_coefficients.join_moments,
         (),
         is_wide=False,
         POSITIONS=4096,

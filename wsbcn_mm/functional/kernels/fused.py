@@ -7,7 +7,7 @@ a launch of its own.
 """
 
 import math
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 import torch
 import triton
@@ -51,10 +51,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     passes = _passes(x)
     mean, var = x.new_empty(2, *x.shape[:2], dtype=passes.dtype)
-    tiles = passes.moments(x, (mean, var))
-    if passes.tiles > 1:
-        passes.join(*tiles, mean, var)
-    return mean, var
+    return passes.moments(x, (mean, var))
 
 
 @on_its_device
@@ -71,9 +68,7 @@ def reduce(grad: Tensor, x: Tensor, center: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     grad = dense(grad, like=x)
     center = center.contiguous()
-    passes = _passes(x, grad, center)
-    sums = passes.sums(grad, x, center)
-    return (sums.sum(3) if passes.tiles > 1 else sums).unbind()
+    return _passes(x, grad, center).sums(grad, x, center)
 
 
 @on_its_device
@@ -152,7 +147,8 @@ class _Passes:
         # Told what divides these, the compiler loads as much at once. That is
         # all it is told of them: else each size of image would be compiled
         # for.
-        unit, channel_unit = math.gcd(length, 8), math.gcd(channels, 16)
+        self.unit = unit = math.gcd(length, 8)
+        channel_unit = math.gcd(channels, 16)
         if is_contiguous:
             width = min(power_of_2(length), _ELEMENTS)
             height = max(1, _elements(unit) // width)
@@ -176,37 +172,52 @@ class _Passes:
         self._sums = Launch(_tile_sums, *launch)
         self.affine = Launch(_affine, *launch)
         self.input_grad = Launch(_input_grad, *launch)
-        self.join = join_moments(self.rows, length, width, self.tiles)
+        self._join = Launch(
+            join_moments,
+            self.rows,
+            (length, self.tiles),
+            (width, power_of_2(self.tiles)),
+        )
 
     def moments(
         self,
         x: Tensor,
-        results: Sequence[Tensor],
+        results: Tuple[Tensor, Tensor],
         forwards: Optional[Tensor] = None,
-    ) -> Sequence[Tensor]:
-        """Mean and variance of each tile, and one more of ``forwards``.
+        join: bool = True,
+    ) -> Tuple[Tensor, Tensor]:
+        """Mean and variance of each channel, and one more of ``forwards``.
 
-        Those of channels that are one tile are the results, and filled in
-        there.
+        They are filled in. Where there are several tiles and they are not to
+        be joined, those of tiles are returned.
         """
+        tiles = results
         if self.tiles > 1:
             # By themselves, since a backward pass has no need of them.
             size = self.rows * self.tiles
-            results = x.new_empty(2, size, dtype=self.dtype).unbind()
+            tiles = x.new_empty(2, size, dtype=self.dtype).unbind()
         if forwards is None:
-            self._moments(x, *results, x)
+            self._moments(x, *tiles, x)
         else:
-            self._counted_moments(x, *results, forwards)
+            self._counted_moments(x, *tiles, forwards)
+        if self.tiles == 1 or not join:
+            return tiles
+        self._join(*tiles, *results)
         return results
 
-    def sums(self, grad: Tensor, x: Tensor, center: Tensor) -> Tensor:
-        """Those of ``reduce``, of each tile: (2, N, C) or (2, N, C, *)."""
+    def sums(
+        self, grad: Tensor, x: Tensor, center: Tensor, join: bool = True
+    ) -> Tuple[Tensor, Tensor]:
+        """Those of ``reduce``, of each channel or, not joined, each tile."""
         shape = 2, *self.shape
         if self.tiles > 1:
             shape = *shape, self.tiles
         sums = x.new_empty(shape, dtype=self.dtype)
-        self._sums(grad, x, center, *sums.unbind())
-        return sums
+        tiles = sums.unbind()
+        self._sums(grad, x, center, *tiles)
+        if self.tiles == 1 or not join:
+            return tiles
+        return sums.sum(3).unbind()
 
 
 class _Forward:
@@ -230,8 +241,9 @@ class _Forward:
     def __call__(self, x, parameters, estimates, count, momentum):
         small = x.new_empty(self._size, dtype=self._passes.dtype)
         mean, var, scale, shift, *used = small.split_with_sizes(self._sizes)
-        self._coefficients(
-            self._passes.moments(x, (mean, var), count),
+        coefficients = self._coefficients
+        coefficients(
+            self._passes.moments(x, (mean, var), count, coefficients.joins),
             (mean, var, scale, shift),
             estimates,
             parameters,
@@ -254,8 +266,7 @@ class _Backward:
         self._shares = Shares(groups)
         self._whole = None
         length = passes.length
-        unit = math.gcd(length, 8)
-        positions = power_of_2(length)
+        unit, positions = passes.unit, power_of_2(length)
         # A float64 takes two registers.
         registers = groups.size * positions * passes.dtype.itemsize // 4
         if estimate and registers <= _elements(unit):
@@ -279,8 +290,9 @@ class _Backward:
             return result, *self._shares.summed(room)
         mean = small[0]
         affine = mean.new_empty(3, self._passes.rows).unbind()
-        sums = self._passes.sums(grad, x, mean)
-        grads = self._coefficients(small, sums, affine)
+        coefficients = self._coefficients
+        sums = self._passes.sums(grad, x, mean, coefficients.joins)
+        grads = coefficients(small, sums, affine)
         self._passes.input_grad(grad, x, result, mean, *affine)
         return result, *grads
 

@@ -103,8 +103,6 @@ class Groups(NamedTuple):
 class Coefficients:
     """Fills in the mean, the variance, the scale and the shift.
 
-    In one launch, or two for many tiles.
-
     Args:
         groups (Groups): The groups.
         length (int): Number of positions.
@@ -113,6 +111,9 @@ class Coefficients:
         learning (tuple[bool] | None): Whether the estimates are what is used,
             once moved, or the batch's own statistics, whether they are moved
             by averaging, and whether by annealing. Default: None, they stay.
+
+    Attributes:
+        joins (bool): Whether the tiles are too many, and to be joined before.
     """
 
     def __init__(
@@ -123,19 +124,16 @@ class Coefficients:
         tiles: int = 1,
         learning: Optional[Tuple[bool, bool, bool]] = None,
     ):
-        self._join = None
         most = power_of_2(tiles)
-        if tiles > 1 and most * groups.size > _AT_ONCE:
-            rows = groups.samples * groups.channels
-            self._join = join_moments(rows, length, positions, tiles)
+        self.joins = tiles > 1 and most * groups.size > _AT_ONCE
+        if self.joins:
             tiles = most = 1
-        self._learns = learning is not None
         self._launch = Launch(
             _forward,
             groups.num_groups,
             (*groups[:3], length, tiles),
             (
-                *(*groups.constants, self._learns),
+                *(*groups.constants, learning is not None),
                 *(learning or (True, False, False)),
                 *(positions, groups.samples_at_once(most, _AT_ONCE)),
                 *(groups.size, most),
@@ -166,12 +164,8 @@ class Coefficients:
                 are moved, in place.
             momentum (float | None): See :func:`rate_of_forward`.
         """
-        if self._join:
-            self._join(*tiles, *results[:2])
-            tiles = results[:2]
         self._launch(
-            *(*tiles, *results, *estimates),
-            *(learned if self._learns else results[:3]),
+            *(*tiles, *results, *estimates, *(learned or results[:3])),
             *parameters,
             numbers=(0.0 if momentum is None else momentum,),
         )
@@ -186,14 +180,17 @@ class InputCoefficients:
         tiles (int): Of a channel.
         estimate (bool): Whether what was normalized with are constants, or
             the statistics of the moments.
+
+    Attributes:
+        joins (bool): Whether the tiles are too many, and to be joined before.
     """
 
     def __init__(
         self, groups: Groups, length: int, tiles: int, estimate: bool
     ):
         most = power_of_2(tiles)
-        self._joins = tiles > 1 and most * groups.size > _AT_ONCE_BACKWARD
-        if self._joins:
+        self.joins = tiles > 1 and most * groups.size > _AT_ONCE_BACKWARD
+        if self.joins:
             tiles = most = 1
         self._sizes = groups.sizes
         self._launch = Launch(
@@ -210,7 +207,7 @@ class InputCoefficients:
     def __call__(
         self,
         small: Sequence[Tensor],
-        sums: Tensor,
+        sums: Tuple[Tensor, Tensor],
         results: Sequence[Tensor],
     ) -> Tuple[Tensor, ...]:
         """Launch it.
@@ -218,9 +215,8 @@ class InputCoefficients:
         Args:
             small (Sequence[Tensor]): Mean and variance of each channel, the
                 two that were normalized with, batch weight and bias, weight.
-            sums (Tensor): Of the gradient, and of its products with the
-                centred input, in each channel or in tiles of it: (2, N, C) or
-                (2, N, C, tiles).
+            sums (tuple[Tensor]): Of the gradient, and of its products with
+                the centred input, in each channel or in tiles of it.
             results (Sequence[Tensor]): What the gradient of the input is
                 affine with, (N, C) in memory.
 
@@ -228,17 +224,9 @@ class InputCoefficients:
             tuple[Tensor]: The gradients of the parameters, the last bias too,
             which has no part in it.
         """
-        if self._joins:
-            sums = sums.sum(3)
-        grads = sums.new_empty(sum(self._sizes))
-        self._launch(*small, *sums.unbind(), *results, grads)
+        grads = small[0].new_empty(sum(self._sizes))
+        self._launch(*small, *sums, *results, grads)
         return grads.split_with_sizes(self._sizes)
-
-
-def join_moments(rows: int, length: int, positions: int, tiles: int) -> Launch:
-    """Fills in the moments of channels from those of their tiles."""
-    constants = positions, power_of_2(tiles)
-    return Launch(_join_moments, rows, (length, tiles), constants)
 
 
 class Shares:
@@ -326,7 +314,7 @@ def _joined(
 
 
 @kernel('length', 'tiles')
-def _join_moments(
+def join_moments(
     tile_mean,
     tile_var,
     mean,
@@ -336,6 +324,7 @@ def _join_moments(
     POSITIONS: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    """Fill in the moments of channels from those of their tiles."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     m, v = _joined(
         tile_mean, tile_var, row, row >= 0, length, tiles, POSITIONS, TILES
