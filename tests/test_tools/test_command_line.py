@@ -78,7 +78,10 @@ CALL = 'model = micro_batch_model(_base_.model)\n'
     [
         (IMPORT + CALL, "config.py: _base_ = '...' must be the first line"),
         (IMPORT + BASE + CALL, 'Imports, .* come after it'),
-        (BASE + IMPORT + CALL[:-2], r"config.py, line 3: ('\(' was|unexpec)"),
+        (
+            BASE + IMPORT + CALL[:-2],
+            r"config.py, line 3: ('\(' was never|unexpected EOF)",
+        ),
         (
             BASE + IMPORT + CALL.replace(')', ', images_per_gpu=32)'),
             '^micro_batch_model: images_per_update counts',
