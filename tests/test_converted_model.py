@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wsbcn_mm import BCN, ConvWS, micro_batch_model
 from wsbcn_mm.engine.config import unconverted
 from wsbcn_mm.feeding import find_feeding_convolutions
-from wsbcn_mm.layers.batch_statistics import BatchStatistics
+from wsbcn_mm.layers._base import NormBase
 
 pytest.importorskip('mmpretrain')
 
@@ -33,8 +33,7 @@ def batch_norms(model: nn.Module) -> list:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        and not isinstance(module, BatchStatistics)
+        if isinstance(module, _BatchNorm) and not isinstance(module, NormBase)
     ]
 
 

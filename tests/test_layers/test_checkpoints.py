@@ -14,7 +14,6 @@ from mmengine.runner.checkpoint import (
     weights_to_cpu,
 )
 from torch import nn
-from torch.utils.data import DataLoader
 
 from wsbcn_mm import BCN, BGN, MABN, ConvWS
 
@@ -434,50 +433,6 @@ def test_a_big_model_loads_about_as_fast_as_a_plain_one():
     source = models.ResNet(101, norm_cfg=dict(type='BN'))
     plain = seconds(dict(type='BN'))
     assert seconds(dict(type='BCN')) < 4 * plain + 0.2
-
-
-@pytest.mark.parametrize('shared', [False, True])
-@pytest.mark.parametrize('norm', [BCN(4), BGN(4, 2), MABN(4, 1, 2)])
-def test_precise_bn_is_told_what_to_do(norm, shared):
-    """It would average nothing."""
-    hooks = pytest.importorskip('mmpretrain.engine.hooks.precise_bn_hook')
-    from torch.optim.swa_utils import update_bn
-
-    net = nn.Sequential(norm)
-    if shared:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    loader = DataLoader(torch.rand(4, 4, 4, 4))
-    keys = list(net.state_dict())
-    for tool in (
-        lambda: hooks.update_bn_stats(net, loader),
-        lambda: update_bn(loader, net),
-    ):
-        with pytest.raises(RuntimeError, match='momentum=None'):
-            tool()
-    assert list(net.state_dict()) == keys
-    assert not any('batch_statistics' in key for key in keys)
-
-
-def test_swa_update_is_told_what_to_do():
-    """It would pass over our estimates in silence."""
-    from torch.optim.swa_utils import AveragedModel, update_bn
-
-    net = nn.Sequential(BCN(3, 1))
-    averaged = AveragedModel(net, use_buffers=True)
-    net(torch.rand(1, 3, 4, 4) + 5)
-    averaged.update_parameters(net)
-    assert averaged.module[0].running_mean.gt(0).all()
-    loader = [torch.rand(1, 3, 4, 4) + i for i in range(4)]
-    with pytest.raises(RuntimeError, match='momentum=None'):
-        update_bn(loader, averaged)
-    norm = averaged.module[0]
-    norm.reset_running_stats()
-    norm.momentum = None
-    with torch.no_grad():
-        for x in loader:
-            averaged.train()(x)
-    wanted = torch.cat(loader).mean((0, 2, 3))
-    assert torch.allclose(norm.running_mean, wanted)
 
 
 FAMILY = {

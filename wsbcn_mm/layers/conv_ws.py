@@ -10,8 +10,10 @@ from ._conv_base import ConvBase
 class _WeightStandardization(ConvBase):
     """Mixin for a convolution that standardizes its weight."""
 
-    def __init__(self, *args, eps: float = 1e-5, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *args, eps: float = 1e-5, device=None, dtype=None, **kwargs
+    ):
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
         self.eps = check_eps(type(self).__name__, eps)
 
     def weight_function(self):

@@ -24,7 +24,6 @@ from wsbcn_mm.functional import (
     rate_of_forward,
 )
 from wsbcn_mm.functional.mabn import _Scale
-from wsbcn_mm.layers.batch_statistics import BatchStatistics
 from wsbcn_mm.layers.mabn import RATIO_LIMIT, RATIO_WARMUP_ITERS
 
 
@@ -36,8 +35,6 @@ def normalize_in_micro_batches(model: nn.Module, images: int) -> None:
         images (int): Images per normalization batch.
     """
     for module in model.modules():
-        if isinstance(module, BatchStatistics):
-            continue
         if type(module) is BCN and module.estimate:
             micro_batched = partial(_bcn, module)
         elif type(module) is nn.BatchNorm2d:
