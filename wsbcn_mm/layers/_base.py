@@ -1,6 +1,7 @@
 """What every normalization layer here shares."""
 
 import numbers
+import re
 import sys
 from typing import Optional, Tuple
 
@@ -134,16 +135,21 @@ class NormBase(GuardedParameters, CheckpointNames, nn.BatchNorm2d):
 
     @property
     def affine(self) -> bool:
-        """True, to all but a tool that would convert this layer alone."""
+        """True, to all but a tool that would convert this layer alone.
+
+        In a network such a tool is seen when it puts a layer in this one's
+        place; a layer by itself it would replace without a word.
+        """
         frame = sys._getframe(1)
         code, caller = frame.f_code, frame.f_back
-        if code.co_name == 'convert_sync_batchnorm' and (
+        if re.search('convert|freeze', code.co_name) and (
             caller is None or caller.f_code is not code
         ):
             raise RuntimeError(
-                f'convert_sync_batchnorm() would make a SyncBatchNorm of a '
+                f'{code.co_name}() would make another layer of a '
                 f'{type(self).__name__} that is in no network. Convert the '
-                'network that has it, or call synchronize() on the layer.'
+                'network that has it, or call synchronize() or freeze() on '
+                'the layer.'
             )
         return True
 

@@ -95,5 +95,5 @@ def _estimates(model: nn.Module) -> List[Tensor]:
         and layer.track_running_stats
         and shared_group(layer) is None
         for name in ESTIMATES
-        if hasattr(layer, name)
+        if name in layer.statistics
     ]
