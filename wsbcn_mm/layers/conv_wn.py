@@ -84,7 +84,8 @@ class ConvWN(_WeightNormalization, nn.Conv2d):
     makes needless).
 
     Args:
-        *args, **kwargs: Those of :class:`torch.nn.Conv2d`.
+        *args: Positional arguments of :class:`torch.nn.Conv2d`.
+        **kwargs: Its keyword arguments.
         eps (float): The smallest norm to divide by. Default: 1e-5
 
     Attributes:
@@ -127,7 +128,8 @@ class ConvCWN(_WeightNormalization, nn.Conv2d):
     Huang_Centered_Weight_Normalization_ICCV_2017_paper.html>`_.
 
     Args:
-        *args, **kwargs: Those of :class:`torch.nn.Conv2d`.
+        *args: Positional arguments of :class:`torch.nn.Conv2d`.
+        **kwargs: Its keyword arguments.
         eps (float): The smallest norm to divide by. Default: 1e-5
 
     Attributes:

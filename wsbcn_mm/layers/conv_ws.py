@@ -41,7 +41,8 @@ class ConvWS(_WeightStandardization, nn.Conv2d):
     Standardization <https://arxiv.org/abs/1903.10520>`_.
 
     Args:
-        *args, **kwargs: Those of :class:`torch.nn.Conv2d`.
+        *args: Positional arguments of :class:`torch.nn.Conv2d`.
+        **kwargs: Its keyword arguments.
         eps (float): Added to the standard deviation. Default: 1e-5
 
     Shape:

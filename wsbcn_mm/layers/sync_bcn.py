@@ -32,7 +32,8 @@ class SyncBCN(BCN):
     :class:`SyncEstimatesHook` is cheaper still.
 
     Args:
-        *args, **kwargs: Those of :class:`BCN`.
+        *args: Positional arguments of :class:`BCN`.
+        **kwargs: Its keyword arguments.
         process_group (ProcessGroup | None): The processes. Default: None,
             all of them.
 
