@@ -1,4 +1,4 @@
-"""The examples of README and docs: each one runs, or at least parses."""
+"""The examples of README and docs run, or at least name what there is."""
 
 import argparse
 import re
@@ -7,7 +7,7 @@ import shlex
 import subprocess
 
 import pytest
-from markdown_pages import DOCS, NAMES, ROOT, blocks
+from markdown_pages import DOCS, NAMES, PAGES, ROOT, blocks
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 
@@ -19,7 +19,7 @@ def is_config(block):
 
 
 PYTHON = [p for p in DOCS if not all(map(is_config, blocks(p, 'python')))]
-SHELL = [p for p in DOCS if blocks(p, 'shell')]
+SHELL = [p for p in PAGES if blocks(p, 'shell', 'bash')]
 CONFIGS = [
     pytest.param(block, id=f'{NAMES[page]}-{number}')
     for page in DOCS
@@ -146,7 +146,7 @@ def check_pip(arguments):
 
 @pytest.mark.parametrize('page', SHELL, ids=NAMES.get)
 def test_shell_examples_name_what_there_is(page, monkeypatch):
-    for block in blocks(page, 'shell'):
+    for block in blocks(page, 'shell', 'bash'):
         for program, *arguments in commands(block):
             if program == 'python':
                 check_python(arguments, monkeypatch)
