@@ -94,13 +94,16 @@ class DeepLab(ResNet):
         del self.fc
         self.aspp = ASPP(2048, 256, num_classes)
 
-    def forward(self, x):
-        size = x.shape[2:]
+    def features(self, x):
         x = self.maxpool(self.bn1(self.conv1(x)).relu())
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
+        return x
+
+    def forward(self, x):
+        logits = self.aspp(self.features(x))
         return F.interpolate(
-            self.aspp(x), size, mode='bilinear', align_corners=True
+            logits, x.shape[2:], mode='bilinear', align_corners=True
         )
 
 
