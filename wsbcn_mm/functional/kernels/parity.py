@@ -102,13 +102,11 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
     if hasattr(backend, 'batch_channel_forward'):
         _check_forward(backend, x, grad)
     if x[0].numel() > 1:
-        dtypes = [x.dtype]
+        _check_weight(backend, x, grad, x.dtype)
+        # Large, so that no rounding hides where it is added.
+        _check_weight(backend, x, grad, x.dtype, var_eps=0.25, std_eps=0.0)
         if x.dtype == torch.float32:  # under autocast
-            dtypes.append(torch.float16)
-        for dtype in dtypes:
-            _check_weight(backend, x, grad, dtype, var_eps=0.0, std_eps=1e-5)
-            # Large, so that no rounding hides where it is added.
-            _check_weight(backend, x, grad, dtype, var_eps=0.25, std_eps=0.0)
+            _check_weight(backend, x, grad, torch.float16)
 
 
 def _check_batch_channel(
@@ -300,8 +298,8 @@ def _check_weight(
     weight: Tensor,
     grad: Tensor,
     dtype: torch.dtype,
-    var_eps: float,
-    std_eps: float,
+    var_eps: float = 0.0,
+    std_eps: float = 1e-5,
 ) -> None:
     """Take activations for filters, whose weight another dtype may have."""
     wide, eps = weight.double().cpu(), (var_eps, std_eps)
