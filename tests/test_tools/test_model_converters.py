@@ -153,12 +153,13 @@ def test_normalization(tmp_path, monkeypatch, capsys):
 def test_normalization_of_another_network(tmp_path, monkeypatch):
     config, _ = build(tmp_path, "type='BCN', num_groups=4")
     path = tmp_path / 'x.pth'
-    for state in (
-        {'conv.weight': torch.zeros(1)},
-        {'backbone.conv1.weight': torch.zeros(1)},
+    for state, words in (
+        ({'conv.weight': torch.zeros(1)}, 'is not of the network'),
+        ({'backbone.conv1.weight': torch.zeros(1)}, 'is not of the network'),
+        ({'bn1.pbn.running_mean': torch.zeros(1)}, 'authors.py translates'),
     ):
         torch.save(state, path)
-        with pytest.raises(SystemExit, match='is not of the network'):
+        with pytest.raises(SystemExit, match=words):
             run(
                 *(monkeypatch, 'normalization.py', config),
                 *(path, tmp_path / 'y.pth'),
