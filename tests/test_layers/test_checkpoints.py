@@ -244,6 +244,19 @@ def test_weights_under_another_convolution_warn(
     assert words in text and '3: conv1, conv2, downsample.0' in text
 
 
+def test_the_authors_weights_in_plain_convolutions_warn(load, messages):
+    theirs, ours = nn.Sequential(), nn.Sequential()
+    for net, conv, norm in (
+        (theirs, authors.Conv2d, authors.BCNorm(8, 4)),
+        (ours, nn.Conv2d, BCN(8, 4)),
+    ):
+        net.conv1, net.bn1 = conv(3, 8, 3, bias=False), norm
+        net.last = nn.Conv2d(8, 2, 1)
+    load(ours, theirs.state_dict())
+    ((_, text),) = [m for m in messages if m[0] == 'WARNING']
+    assert 'no scale of their own' in text and text.endswith('(conv1)')
+
+
 INSIDE = partial(ConvWS, eps_inside_sqrt=True)
 
 

@@ -192,6 +192,7 @@ def test_the_networks_of_the_authors(
     assert torch.load(path)['meta']['cfg'] == cfg.pretty_text
     with DefaultScope.overwrite_default_scope(library):
         ours = MODELS.build(cfg.model).double()
+    assert not [t for level, t in messages if level == 'WARNING']
     messages.clear()
     load_checkpoint(ours, str(path), strict=True)
     assert not messages

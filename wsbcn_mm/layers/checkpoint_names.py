@@ -119,8 +119,12 @@ def _compare_weights(parent, state_dict, prefix, local_metadata) -> None:
         standardizes = _standardizes(child)
         trained = None
         if record is None:
-            report.add_weight(weight, standardizes)
             trained = report.authors_function
+            if trained is None:
+                report.add_weight(weight, standardizes)
+            elif not standardizes and f'{prefix}{name}.bias' not in state_dict:
+                # Only their last layer, with a bias, is not standardized.
+                report.mismatch(STANDARDIZED_INTO_PLAIN, prefix + name)
         elif (name in record) and not standardizes:
             report.mismatch(STANDARDIZED_INTO_PLAIN, prefix + name)
         elif standardizes and name not in record:
