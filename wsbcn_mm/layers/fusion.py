@@ -17,7 +17,7 @@ import sys
 import torch
 
 _FOLDS = re.compile(
-    '_*(fuse|reparameteri[sz]e|switch_to_deploy|merge_kernel|get_equivalent|'
+    '_*(fuse(_|bn|$)|reparameteri[sz]e|switch_to_deploy|merge_kernel|get_equivalent|'
     'efficient_conv_bn|(fold|absorb|merge)_?(bn|batch|norm)|trans.*_fusebn)'
 )
 _DEPTH = 3

@@ -11,9 +11,7 @@ from ..functional.kernels import statistics_dtype
 from ._base import NormBase, check_count, check_momentum, in_backward
 from .batch import batch_of
 
-# As in the authors' code: until this iteration, the running mean square is
-# not trusted and the ratio r is 1, and afterwards it stays within this factor.
-RATIO_WARMUP_ITERS = 1000
+# As in the authors' code, the ratio r stays within this factor.
 RATIO_LIMIT = 5.0
 # Training forwards of a layer that may be done again.
 REMEMBERED_CALLS = 8
@@ -59,7 +57,7 @@ class MABN(NormBase):
     :math:`\psi`, the mean of :math:`g z`, is averaged over the last batches
     as well, and r is a constant. The first iterations, up to
     ``warmup_iters`` and until the buffers are full, take both from the batch
-    alone; up to iteration 1000 (or ``warmup_iters``) r is 1.
+    alone; up to ``ratio_warmup_iters`` (or ``warmup_iters``) r is 1.
 
     From `Towards Stabilizing Batch Statistics in Backward Propagation of
     Batch Normalization <https://arxiv.org/abs/2001.06838>`_, as in its
@@ -76,6 +74,9 @@ class MABN(NormBase):
             1 minus the update rate, unlike elsewhere. Default: 0.98
         warmup_iters (int): Training forwards before moving averages are
             used. Default: 100
+        ratio_warmup_iters (int): Training forwards before the ratio r is
+            used, 1000 in the authors' detection and 100 in their
+            classification. Default: 1000
 
     Attributes:
         weight, bias (Parameter): :math:`\gamma, \beta`.
@@ -123,6 +124,7 @@ class MABN(NormBase):
         eps: float = 1e-5,
         momentum: float = 0.98,
         warmup_iters: int = 100,
+        ratio_warmup_iters: int = 1000,
         device=None,
         dtype=None,
     ):
@@ -139,10 +141,12 @@ class MABN(NormBase):
                 f'batch_size, got {simulated_batch_size} and {batch_size}'
             )
         # 0 is allowed: no warm-up but that of the buffers.
-        self.warmup_iters = (
-            0
-            if warmup_iters == 0
-            else check_count(name, 'warmup_iters', warmup_iters)
+        self.warmup_iters, self.ratio_warmup_iters = (
+            0 if iters == 0 else check_count(name, argument, iters)
+            for argument, iters in (
+                ('warmup_iters', warmup_iters),
+                ('ratio_warmup_iters', ratio_warmup_iters),
+            )
         )
         factory = dict(device=device, dtype=dtype)
         size = self.simulated_batch_size // self.batch_size
@@ -261,7 +265,7 @@ class MABN(NormBase):
         running_var = self.running_var.to(dtype)
         ratio = (mean_square + self.eps) / (running_var + self.eps)
         ratio = ratio.sqrt().clamp(1 / RATIO_LIMIT, RATIO_LIMIT)
-        trusted = iters > max(RATIO_WARMUP_ITERS, self.warmup_iters)
+        trusted = iters > max(self.ratio_warmup_iters, self.warmup_iters)
         ratio = torch.where(trusted, ratio, torch.ones_like(ratio))
         new = torch.lerp(mean_square, running_var, self.momentum)
         good = new.isfinite() & torch.as_tensor(is_filled).bool()
@@ -299,7 +303,8 @@ class MABN(NormBase):
             f'{self.num_features}, batch_size={self.batch_size}, '
             f'simulated_batch_size={self.simulated_batch_size}, '
             f'eps={self.eps}, momentum={self.momentum}, '
-            f'warmup_iters={self.warmup_iters}'
+            f'warmup_iters={self.warmup_iters}, '
+            f'ratio_warmup_iters={self.ratio_warmup_iters}'
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
