@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -17,10 +17,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from .consumers import record_consumers
+from .consumers import other_consumers, record_consumers
 from .engine.components import norm_class, with_rate
 from .example_inputs import run_example
-from .feeding import NORMALIZATIONS, find_feeding_convolutions
+from .feeding import (
+    NORMALIZATIONS,
+    find_feeding_convolutions,
+    traceable_parts,
+)
 from .functional.kernels import statistics_dtype
 from .layers._base import NormBase, largest_divisor
 from .layers._conv_base import ConvBase
@@ -64,12 +68,14 @@ class Entry:
         before (str): The layer.
         after (str): What replaces it; empty if it is left.
         reason (str): Why it was left, or how it is known to be right.
+        is_convolution (bool): Whether it is a convolution.
     """
 
     name: str
     before: str
     after: str
     reason: str
+    is_convolution: bool = False
 
 
 @dataclass
@@ -81,10 +87,13 @@ class ConversionReport:
     Attributes:
         changed (list[Entry]): The layers that are replaced.
         left (list[Entry]): Normalizations and convolutions that stay.
+        misplaced (list[Entry]): Those of ``left`` that standardize their
+            weight although not only normalizations take their output.
     """
 
     changed: List[Entry] = field(default_factory=list)
     left: List[Entry] = field(default_factory=list)
+    misplaced: List[Entry] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = []
@@ -336,6 +345,7 @@ class _Conversion:
         self.states: Dict[nn.Module, Dict[str, Tensor]] = {}
         self.evidence: Dict[nn.Module, str] = {}
         self.doubts: Dict[nn.Module, str] = {}
+        self.others: Dict[nn.Module, Set[str]] = {}  # beside normalizations
 
     # Look ------------------------------------------------------------------
 
@@ -348,7 +358,10 @@ class _Conversion:
         if seen.issuperset(self.sources):
             return
         layers = {name: layer for layer, name in self.names.items()}
-        found = find_feeding_convolutions(self.module, self.norm_types)
+        parts = traceable_parts(self.module, self.norm_types)
+        for conv, others in other_consumers(parts, self.norm_types).items():
+            self.others.setdefault(conv, others)
+        found = find_feeding_convolutions(self.module, self.norm_types, parts)
         for name, feeding in found.items():
             norm = layers.get(name)
             if norm in seen:
@@ -410,6 +423,7 @@ class _Conversion:
                 others = ', '.join(sorted(consumers.others[conv]))
                 self.doubts[conv] = f'its output goes to {others} as well'
         for conv, others in consumers.others.items():
+            self.others[conv] = others
             names = ', '.join(sorted(others))
             self.doubts.setdefault(conv, f'its output goes to {names}')
         return set(consumers.sources)
@@ -455,16 +469,25 @@ class _Conversion:
                 self._leave(layer, 'does not depend on the batch')
 
     def _leave(self, layer, reason: str) -> None:
-        self.report.left.append(
-            Entry(self.names[layer], _describe(layer), '', reason)
-        )
+        is_conv = isinstance(layer, _ConvNd)
+        entry = Entry(self.names[layer], _describe(layer), '', reason, is_conv)
+        self.report.left.append(entry)
+        if isinstance(layer, ConvBase) and layer in self.others:
+            self.report.misplaced.append(entry)
 
     def _change(self, layer, reason: str) -> None:
         new = self.replacements[layer]
         if isinstance(new, nn.Sequential):  # norm, drop, act
             new = new.norm
+        is_conv = isinstance(layer, _ConvNd)
         self.report.changed.append(
-            Entry(self.names[layer], _describe(layer), _describe(new), reason)
+            Entry(
+                self.names[layer],
+                _describe(layer),
+                _describe(new),
+                reason,
+                is_conv,
+            )
         )
 
     def _why_keep_norm(self, norm) -> str:
@@ -494,7 +517,10 @@ class _Conversion:
 
     def _why_keep_conv(self, conv, followed: set, unsure: set) -> str:
         if isinstance(conv, ConvBase):
-            return 'standardizes already'
+            others = ', '.join(sorted(self.others.get(conv, ())))
+            return 'standardizes already' + (
+                others and f', although its output goes to {others}'
+            )
         if conv not in followed:
             return self.doubts.get(
                 conv, 'no batch normalization is seen to follow'
