@@ -195,6 +195,8 @@ def test_checkpoint_of_a_backbone_that_is_standardized_once_built(
         stdc_type='STDCNet1',
         in_channels=3,
         channels=(32, 64, 256, 512, 1024),
+        bottleneck_type='cat',
+        act_cfg=dict(type='ReLU'),
         norm_cfg=dict(type='BN'),
         init_cfg=dict(type='Pretrained', checkpoint='weights.pth'),
     )

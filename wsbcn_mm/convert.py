@@ -88,7 +88,7 @@ class ConversionReport:
         changed (list[Entry]): The layers that are replaced.
         left (list[Entry]): Normalizations and convolutions that stay.
         misplaced (list[Entry]): Those of ``left`` that standardize their
-            weight although not only normalizations take their output.
+            weight although something else than a normalization follows.
     """
 
     changed: List[Entry] = field(default_factory=list)
@@ -337,15 +337,18 @@ class _Conversion:
         }
         self.shapes: Dict[nn.Module, torch.Size] = {}
         self.after_linear = set()  # as they are registered
+        self.siblings: Dict[nn.Module, list] = {}
         for parent in self.names:
             children = list(parent.children())
+            self.siblings.update(dict.fromkeys(children, children))
             for layer, norm in zip(children, children[1:]):
                 if isinstance(layer, nn.Linear):
                     self.after_linear.add(norm)
         self.states: Dict[nn.Module, Dict[str, Tensor]] = {}
         self.evidence: Dict[nn.Module, str] = {}
         self.doubts: Dict[nn.Module, str] = {}
-        self.others: Dict[nn.Module, Set[str]] = {}  # beside normalizations
+        self.normalized: Set[nn.Module] = set()  # their outputs are
+        self.others: Dict[nn.Module, str] = {}  # what else takes them
 
     # Look ------------------------------------------------------------------
 
@@ -355,12 +358,12 @@ class _Conversion:
         seen = set()
         if example_inputs is not None:
             seen = self._run(example_inputs)
-        if seen.issuperset(self.sources):
-            return
+            if seen.issuperset(self.sources):
+                return
         layers = {name: layer for layer, name in self.names.items()}
         parts = traceable_parts(self.module, self.norm_types)
         for conv, others in other_consumers(parts, self.norm_types).items():
-            self.others.setdefault(conv, others)
+            self.others.setdefault(conv, ', '.join(sorted(others)))
         found = find_feeding_convolutions(self.module, self.norm_types, parts)
         for name, feeding in found.items():
             norm = layers.get(name)
@@ -371,6 +374,7 @@ class _Conversion:
                 conv = self._namesake(name)
             if conv is None:
                 continue
+            self.normalized.add(conv)
             if norm in self.sources:
                 self.sources[norm].append(conv)
             if feeding.traced and not feeding.exclusive:
@@ -413,6 +417,7 @@ class _Conversion:
             for layer, training in modes.items():
                 layer.training = training
         self.shapes = consumers.shapes
+        self.normalized = set(consumers.norms)
         for norm, sources in consumers.sources.items():
             if norm in self.sources:
                 self.sources[norm] = list(sources)
@@ -423,8 +428,7 @@ class _Conversion:
                 others = ', '.join(sorted(consumers.others[conv]))
                 self.doubts[conv] = f'its output goes to {others} as well'
         for conv, others in consumers.others.items():
-            self.others[conv] = others
-            names = ', '.join(sorted(others))
+            self.others[conv] = names = ', '.join(sorted(others))
             self.doubts.setdefault(conv, f'its output goes to {names}')
         return set(consumers.sources)
 
@@ -472,7 +476,7 @@ class _Conversion:
         is_conv = isinstance(layer, _ConvNd)
         entry = Entry(self.names[layer], _describe(layer), '', reason, is_conv)
         self.report.left.append(entry)
-        if isinstance(layer, ConvBase) and layer in self.others:
+        if isinstance(layer, ConvBase) and self._why_misplaced(layer):
             self.report.misplaced.append(entry)
 
     def _change(self, layer, reason: str) -> None:
@@ -517,10 +521,7 @@ class _Conversion:
 
     def _why_keep_conv(self, conv, followed: set, unsure: set) -> str:
         if isinstance(conv, ConvBase):
-            others = ', '.join(sorted(self.others.get(conv, ())))
-            return 'standardizes already' + (
-                others and f', although its output goes to {others}'
-            )
+            return 'standardizes already' + self._why_misplaced(conv)
         if conv not in followed:
             return self.doubts.get(
                 conv, 'no batch normalization is seen to follow'
@@ -546,6 +547,16 @@ class _Conversion:
             return 'conv_cfg says so'
         if conv.weight[0].numel() < getattr(kind, 'min_fan_in', 1):
             return 'nothing would be left of a filter of one weight'
+        return ''
+
+    def _why_misplaced(self, conv) -> str:
+        """Say what speaks against a weight being standardized."""
+        if conv in self.others:
+            return f', although its output goes to {self.others[conv]}'
+        siblings = self.siblings.get(conv, ())
+        alone = not any(isinstance(m, self.norm_types) for m in siblings)
+        if conv not in self.normalized and siblings and alone:
+            return ', although no normalization is seen to follow'
         return ''
 
     def _conv_class(self, conv) -> Optional[type]:

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from .convert import ConversionReport, convert_to_micro_batch
-from .engine.components import LAZY
+from .engine.components import LAZY, norm_class
 from .engine.config import GN_WS_CHECKPOINTS
 from .engine.random_state import preserved_random_state
 from .layers._conv_base import ConvBase
@@ -41,8 +41,10 @@ def converted_model(conversion: dict, **model_cfg) -> nn.Module:
     """
     built = MODELS.build({**model_cfg, 'type': conversion['model_type']})
     standardized = {m for m in built.modules() if isinstance(m, ConvBase)}
-    with warnings.catch_warnings():  # all may be converted by the config
-        warnings.filterwarnings('ignore', '.*nothing to convert')
+    norm = norm_class(conversion['norm_cfg'])
+    with warnings.catch_warnings():
+        if any(isinstance(m, norm) for m in built.modules()):
+            warnings.filterwarnings('ignore', '.*nothing to convert')
         built, report = convert_to_micro_batch(
             built,
             conversion['norm_cfg'],

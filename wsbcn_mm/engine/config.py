@@ -7,6 +7,7 @@ import math
 import os.path as osp
 import re
 import warnings
+from dataclasses import replace
 from typing import Any, Dict, Iterable, Optional, Set, Tuple, Union
 
 from mmengine.config import ConfigDict
@@ -209,8 +210,9 @@ def micro_batch_model(
             f'type={class_name(model_cfg["type"])!r}: neither a norm_cfg of '
             'type BN, SyncBN, GN, IN or BCN in the config, nor a class that '
             'has one by default. Expected the whole model config, such as '
-            'cfg.model. Where a class has it built in, add convert=True. For '
-            'a network that is not built from a config, use '
+            'cfg.model, after the import of the classes that it names. Where '
+            'a class has it built in, add convert=True. For a network that is '
+            'not built from a config, use '
             'wsbcn_mm.convert_to_micro_batch(module)'
         )
     if isinstance(pretrained, str) and not conversion.has_backbone:
@@ -279,7 +281,7 @@ class _Conversion:
         self.pretrained = pretrained
         self.converts_once_built = convert
         self.norms = []  # all that were inserted
-        self.unknown = []  # types of components that are not registered
+        self.failure: Optional[Exception] = None  # of building the model
         # By path, as 'roi_head.mask_head': the components whose conv_cfg
         # standardizes now, and what they had.
         self.standardized: Dict[str, Tuple[dict, dict]] = {}
@@ -306,8 +308,6 @@ class _Conversion:
             return self._norm()
         scope = cfg.get('_scope_') or scope
         component = registered(cfg.get('type'), scope)
-        if component is None and 'type' in cfg:
-            self.unknown.append(cfg['type'])
         if family(component) & HANDED_DOWN:
             return cfg
         if family(component) & NORMALIZED_HEADS:
@@ -331,81 +331,106 @@ class _Conversion:
         return cfg
 
     def _try_out(self, cfg: dict, scope: Optional[str]) -> None:
-        """Build the model, to see what the config does not reach.
+        """Find out from the built model what the config does not reach.
 
         Classes may build normalizations of their own, pass ``conv_cfg`` by,
         or use it where no normalization follows.
         """
-        from ..converted_model import try_conversion  # it imports this module
-
-        def attempt():
-            return try_conversion(cfg, scope, self.norm_cfg, self.conv_cfg)
-
-        try:
-            try:
-                report = attempt()
-            except ValueError as error:
-                if PLAIN_CONVOLUTION not in str(error):
-                    raise
-                self._take_back([''])
-                report = attempt()
-            if self._take_back(entry.name for entry in report.misplaced):
-                report = attempt()
-        except Exception as error:
-            self._cannot_try(error)
-            return
-        self.standardized_once_built = {
-            entry.name for entry in report.changed if entry.is_convolution
-        }
-        owners = {self._owner(cfg, entry.name) for entry in report.changed}
+        changed = self._look(cfg, scope, '')
+        owners = {self._owner(cfg, entry.name) for entry in changed}
         owners = ' and '.join(sorted(owners))
-        if owners and self.converts_once_built is None:
+        if self.failure and self.converts_once_built is None:
+            if not self.norms and registered(cfg['type'], scope) is None:
+                return
+            why = str(self.failure).strip('\'"').partition('. ')[0][:100]
+            _tell(
+                'the model cannot be built yet '
+                f'({type(self.failure).__name__}: {why}): what its config '
+                'does not reach is converted once it is built'
+            )
+            self.converts_once_built = True
+        elif owners and self.converts_once_built is None:
             _tell(
                 f'no config reaches some layers of {owners}: they are '
                 'converted once the model is built'
             )
             self.converts_once_built = True
         elif owners and not self.converts_once_built:
-            self.standardized_once_built.clear()
             _warn(
                 f'no config reaches some layers of {owners}, and '
                 'convert=False leaves them. Later only the built model can be '
                 'converted, by wsbcn_mm.convert_to_micro_batch(model)'
             )
+        if self.converts_once_built:
+            self.standardized_once_built = {
+                entry.name for entry in changed if entry.is_convolution
+            }
 
-    def _cannot_try(self, error: Exception) -> None:
-        """Leave it to the built model, unless nothing speaks for it."""
-        is_hopeful = self.norms or self.unknown
-        if self.converts_once_built is None and is_hopeful:
-            why = str(error).strip('\'"').partition('. ')[0][:100]
-            _tell(
-                'the model cannot be built yet '
-                f'({type(error).__name__}: {why}): what its config does not '
-                'reach is converted once it is built'
-            )
-            self.converts_once_built = True
-
-    def _take_back(self, names: Iterable[str]) -> bool:
-        """Give components the ``conv_cfg`` back that they had.
-
-        Args:
-            names (Iterable[str]): Of layers of the built model. A layer that
-                is at another place than its config stands for all.
+    def _look(self, cfg: Any, scope: Optional[str], path: str) -> list:
+        """Build a part of the model, and where that fails what it is made of.
 
         Returns:
-            bool: Whether there were any.
+            list[Entry]: The layers that conversion once built would change.
         """
-        taken = set()
+        from ..converted_model import try_conversion  # it imports this module
+
+        if isinstance(cfg, (list, tuple)):
+            parts = enumerate(cfg)
+        elif isinstance(cfg, dict) and not _is_replaced(cfg):
+            scope = cfg.get('_scope_') or scope
+            parts = ((k, v) for k, v in cfg.items() if k not in OTHER_PARTS)
+        else:
+            return []
+        if not path or (
+            isinstance(cfg, dict) and registered(cfg.get('type'), scope)
+        ):
+            try:
+                report = try_conversion(
+                    cfg, scope, self.norm_cfg, self.conv_cfg
+                )
+            except Exception as error:
+                inside = [p for p in self.standardized if _is_in(p, path)]
+                if inside and PLAIN_CONVOLUTION in str(error):
+                    self._take_back(inside)
+                    return self._look(cfg, scope, path)
+                self.failure = self.failure or error
+            else:
+                misplaced = [_join(path, e.name) for e in report.misplaced]
+                if self._take_back(self._holders(misplaced, path)):
+                    return self._look(cfg, scope, path)
+                return [
+                    replace(e, name=_join(path, e.name))
+                    for e in report.changed
+                ]
+        return [
+            entry
+            for name, part in parts
+            for entry in self._look(part, scope, _join(path, name))
+        ]
+
+    def _holders(self, names: Iterable[str], path: str) -> Set[str]:
+        """Return the components whose ``conv_cfg`` layers have.
+
+        A layer that is at another place than its config stands for all of
+        the part at ``path``.
+        """
+        found = set()
         for name in names:
             holders = [p for p in self.standardized if _is_in(name, p)]
-            taken.update(
-                [max(holders, key=len)] if holders else self.standardized
+            found.update(
+                [max(holders, key=len)]
+                if holders
+                else [p for p in self.standardized if _is_in(p, path)]
             )
-        for path in taken:
+        return found
+
+    def _take_back(self, paths: Iterable[str]) -> bool:
+        """Give components the ``conv_cfg`` back that they had."""
+        for path in paths:
             cfg, before = self.standardized.pop(path)
             del cfg['conv_cfg']
             cfg.update(before)
-        return bool(taken)
+        return bool(paths)
 
     @staticmethod
     def _owner(cfg: dict, name: str) -> str:
@@ -657,7 +682,9 @@ def _check_config(name: str, cfg: dict, example: str) -> None:
 def _scope(model_cfg: dict) -> Optional[str]:
     """The library whose registry knows the model's type."""
     current = DefaultScope.get_current_instance()
+    prefix = str(model_cfg['type']).partition('.')[0]
     for scope in (
+        prefix if prefix in LIBRARIES else None,
         model_cfg.get('_scope_'),
         current and current.scope_name,
         *LIBRARIES,
