@@ -51,7 +51,7 @@ def converted_model(conversion: dict, **model_cfg) -> nn.Module:
             conversion['conv_cfg'],
             return_report=True,
         )
-    left = [e for e in report.left if 'BatchNorm' in e.before]
+    left = [e for e in report.left if e.kind == 'batch norm']
     left += [e for e in report.misplaced if e not in left]
     report = ConversionReport(report.changed, left)
     if report.changed or report.left:
@@ -109,21 +109,20 @@ def try_conversion(
     Raises:
         Exception: Whatever the constructor of the model raises.
     """
-    for device in ('meta', 'cpu'):
-        try:
-            with (
-                warnings.catch_warnings(),
-                preserved_random_state(),
-                torch.device(device),
-                DefaultScope.overwrite_default_scope(scope),
-            ):
-                warnings.simplefilter('ignore')
-                model = MODELS.build(_without_checkpoints(model_cfg))
-            break
-        except Exception:  # such as .item() on the meta device
-            if device == 'cpu':
-                raise
-    return convert_to_micro_batch(model, norm_cfg, conv_cfg, dry_run=True)
+    with preserved_random_state(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for device in ('meta', 'cpu'):
+            try:
+                with (
+                    torch.device(device),
+                    DefaultScope.overwrite_default_scope(scope),
+                ):
+                    model = MODELS.build(_without_checkpoints(model_cfg))
+                break
+            except Exception:  # such as .item() on the meta device
+                if device == 'cpu':
+                    raise
+        return convert_to_micro_batch(model, norm_cfg, conv_cfg, dry_run=True)
 
 
 def _without_checkpoints(cfg: Any) -> Any:

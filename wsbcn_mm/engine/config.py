@@ -286,6 +286,7 @@ class _Conversion:
         # standardizes now, and what they had.
         self.standardized: Dict[str, Tuple[dict, dict]] = {}
         self.standardized_once_built: Set[str] = set()  # names of layers
+        self.left = []  # batch normalizations that nothing converts
         self.has_backbone = False
         self.from_group_norm = False  # whether a checkpoint holds GN's affine
 
@@ -361,9 +362,14 @@ class _Conversion:
                 'convert=False leaves them. Later only the built model can be '
                 'converted, by wsbcn_mm.convert_to_micro_batch(model)'
             )
+        elif self.left and not owners:  # else the built model tells it
+            _tell(
+                f'{len(self.left)} batch normalizations stay, the first '
+                f'{self.left[0].name}: {self.left[0].reason}'
+            )
         if self.converts_once_built:
             self.standardized_once_built = {
-                entry.name for entry in changed if entry.is_convolution
+                entry.name for entry in changed if entry.kind == 'convolution'
             }
 
     def _look(self, cfg: Any, scope: Optional[str], path: str) -> list:
@@ -398,10 +404,12 @@ class _Conversion:
                 misplaced = [_join(path, e.name) for e in report.misplaced]
                 if self._take_back(self._holders(misplaced, path)):
                     return self._look(cfg, scope, path)
-                return [
-                    replace(e, name=_join(path, e.name))
-                    for e in report.changed
-                ]
+                changed, left = (
+                    [replace(e, name=_join(path, e.name)) for e in entries]
+                    for entries in (report.changed, report.left)
+                )
+                self.left += [e for e in left if e.kind == 'batch norm']
+                return changed
         return [
             entry
             for name, part in parts
