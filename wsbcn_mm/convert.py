@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from .consumers import other_consumers, record_consumers
-from .engine.components import norm_class, with_rate
+from .engine.components import layer_cfg, norm_class, registered, with_rate
 from .example_inputs import run_example
 from .feeding import (
     NORMALIZATIONS,
@@ -243,15 +243,14 @@ def _check_type(argument: str, cfg, example: str) -> dict:
             f'convert_to_micro_batch: {argument} must be a dict such as '
             f'{example}, got {cfg!r} ({type(cfg).__name__})'
         )
-    kind = cfg.get('type')
-    if isinstance(kind, str):
-        kind = MODELS.get(kind)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+    cfg = layer_cfg(cfg)
+    kind = registered(cfg.get('type'))
+    if not (kind and issubclass(kind, nn.Module)):
         raise ValueError(
             f'convert_to_micro_batch: {argument} must name a registered '
             f'layer, such as {example}; got type={cfg.get("type")!r}'
         )
-    return dict(cfg)
+    return cfg
 
 
 def _norm_cfg(cfg, images_per_gpu: int, images_per_update: int) -> dict:

@@ -169,12 +169,20 @@ def plain_copy(cfg: Any) -> Any:
     return copy.deepcopy(cfg)
 
 
+def layer_cfg(cfg: dict) -> dict:
+    """Copy the config of a layer, named as it is registered."""
+    cfg = plain_copy(cfg)
+    if '.' in str(cfg.get('type')):  # as 'wsbcn_mm.BCN'
+        cfg['type'] = type_name(registered(cfg['type']) or cfg['type'])
+    return cfg
+
+
 def with_rate(
     norm_cfg: dict, images_per_gpu: int, images_per_update: int
 ) -> dict:
     """Complete ``norm_cfg`` by what follows from the numbers of images."""
     rate = update_rate(images_per_gpu, images_per_update)
-    norm_cfg = plain_copy(norm_cfg)
+    norm_cfg = layer_cfg(norm_cfg)
     kind = norm_class(norm_cfg)
     if issubclass(kind, BCN):
         if 'momentum' not in norm_cfg:

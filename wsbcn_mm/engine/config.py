@@ -22,6 +22,7 @@ from .components import (
     class_name,
     constructor_parameters,
     family,
+    layer_cfg,
     norm_class,
     plain_copy,
     registered,
@@ -108,6 +109,17 @@ def micro_batch_model(
         from wsbcn_mm import micro_batch_model
         model = micro_batch_model(_base_.model)
 
+    In a new-style config file, where mmengine puts off every import,
+    ``build()`` says that this one is wanted now:
+
+    .. code-block:: python
+
+        from mmengine.config import read_base
+        with read_base():
+            from .retinanet_r50_fpn_1x_coco import *
+        from wsbcn_mm import micro_batch_model
+        model = micro_batch_model.build()(model)
+
     Args:
         model_cfg (dict): A model config of MMDetection, MMSegmentation or
             MMPretrain. It is not changed.
@@ -165,7 +177,7 @@ def micro_batch_model(
     if norm_cfg is None:
         norm_cfg = dict(type='BCN', num_groups=32)
     _check_config('norm_cfg', norm_cfg, "dict(type='BCN', num_groups=32)")
-    norm_cfg = plain_copy(norm_cfg)
+    norm_cfg = layer_cfg(norm_cfg)
     if norm_class(norm_cfg) is None:
         raise ValueError(
             'micro_batch_model: norm_cfg must name a normalization of feature '
@@ -174,7 +186,7 @@ def micro_batch_model(
     if conv_cfg is None:
         conv_cfg = dict(type='ConvWS')
     _check_config('conv_cfg', conv_cfg, "dict(type='ConvWS')")
-    conv_cfg = plain_copy(conv_cfg)
+    conv_cfg = layer_cfg(conv_cfg)
     conv_class = registered(conv_cfg['type'])
     if conv_class is None or 'conv' not in conv_class.__name__.lower():
         raise ValueError(
@@ -678,13 +690,18 @@ def _check_config(name: str, cfg: dict, example: str) -> None:
     if not isinstance(cfg, dict):
         raise TypeError(
             f'micro_batch_model: {name} must be a dict such as {example}; '
-            f'got {cfg!r} ({type(cfg).__name__})'
+            f'got {_short(cfg)} ({type(cfg).__name__})'
         )
     if 'type' not in cfg:
         raise ValueError(
             f"micro_batch_model: {name} must have a 'type', such as "
             f'{example}; got the keys {sorted(cfg)}'
         )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f'{text[:76]} ...'
 
 
 def _scope(model_cfg: dict) -> Optional[str]:
