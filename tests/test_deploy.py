@@ -349,17 +349,6 @@ def test_mmdet_resnet(resnet18):
     assert type(folded.layer1[0].bcn1) is nn.GroupNorm
 
 
-def test_fuse_conv_bn_fuses_nothing_of_bcn(resnet18):
-    x = torch.randn(1, 3, 65, 65)
-    resnet18.eval()
-    fused = fuse_conv_bn(copy.deepcopy(resnet18))
-    assert torch.equal(fused(x)[-1], resnet18(x)[-1])
-    module = ConvModule(3, 8, 3, norm_cfg=dict(type='BCN'))
-    module = randomize(module).eval()
-    fused = fuse_conv_bn(copy.deepcopy(module))
-    assert type(fused.bcn) is BCN and torch.equal(fused(x), module(x))
-
-
 def test_fuse_conv_bn_stops_at_standardized_weights():
     net = nn.Sequential(ConvWS(3, 8, 3, bias=False), nn.BatchNorm2d(8))
     with pytest.raises(RuntimeError, match='fold_for_inference'):

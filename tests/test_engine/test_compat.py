@@ -272,7 +272,7 @@ def test_accumulation_warns_of_batch_normalization_only(norm, monkeypatch):
     )
     wrapper.initialize_count_status(model, 0, 4)
     told = [message for message in told if 'BatchNorm' in message]
-    assert len(told) == isinstance(norm, nn.BatchNorm2d)
+    assert len(told) == (type(norm) is nn.BatchNorm2d)
 
 
 def base_config(tmp_path, base: str) -> Config:

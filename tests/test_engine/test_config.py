@@ -322,7 +322,7 @@ def test_norm_cfg():
     given = dict(type='GN', num_groups=32)
     assert norm(norm_cfg=given, images_per_gpu=2) == given
     mabn = norm(norm_cfg=dict(type='MABN'), images_per_gpu=2)
-    assert mabn == dict(type='MABN', batch_size=2, simulated_batch_size=16)
+    assert mabn == dict(type='MABN', batch_size=2, simulated_batch_size=32)
 
 
 @pytest.mark.parametrize('kind', ['BN', 'SyncBN', 'GN', 'IN', 'BCN', 'BN2d'])

@@ -312,7 +312,8 @@ def test_triton_kernels_compile_without_a_gpu(capability, activations):
                 dict(num_warps=max(elements // 512, 1)),
                 UNIT=8,
                 ELEMENTS=elements,
-                EPS=1e-5,
+                VAR_EPS=0.0,
+                STD_EPS=1e-5,
                 IS_DOUBLE=statistics == 'fp64',
             )
 

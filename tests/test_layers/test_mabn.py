@@ -184,7 +184,7 @@ def test_inference_affine_is_evaluation(vectors):
 def test_norm_eval_freezes_everything():
     norm = MABN(6, 1, 2)
     norm(torch.randn(2, 6, 4, 4))
-    norm.batch_statistics.eval()
+    norm.eval()
     before = copy.deepcopy(norm.state_dict())
     x = torch.randn(2, 6, 4, 4)
     y = norm(x)

@@ -17,10 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from wsbcn_mm import BCN, BGN, MABN, ConvWS, SyncBCN
-from wsbcn_mm.layers.batch_statistics import SharedBatchStatistics
 
 STEPS = 3
-TORCH_CONVERT = nn.SyncBatchNorm.convert_sync_batchnorm
+
+
+def torch_convert(module):
+    network = nn.Sequential(module)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)[0]
 
 
 def close(actual, expected):
@@ -145,7 +148,7 @@ def test_processes_compute_what_one_does(
 )
 def test_sync_bn_reaches_the_whole_family(processes, norm, counts):
     single = randomized(copy.deepcopy(norm))
-    shared = TORCH_CONVERT(copy.deepcopy(single))
+    shared = torch_convert(copy.deepcopy(single))
     check_parity(processes, shared, single, counts)
 
 
@@ -184,17 +187,16 @@ def test_the_default_group_is_copied_and_pickled(processes):
     net = nn.Sequential(BCN(8, 4), MABN(8, 1, 2))
     for copied in processes.run(convert_and_copy, [net] * 2):
         for norm in copied:
-            assert isinstance(norm.batch_statistics, SharedBatchStatistics)
+            assert norm.is_synchronized
 
 
 @pytest.mark.parametrize(
     'quiet',
     [
-        lambda norm: revert_sync_batchnorm(norm),
         lambda norm: norm.eval(),
-        lambda norm: norm.batch_statistics.eval() and norm,
+        lambda norm: setattr(norm, 'is_synchronized', False) or norm,
     ],
-    ids=['reverted', 'eval', 'norm_eval'],
+    ids=['eval', 'switched_off'],
 )
 @pytest.mark.parametrize('estimate', [True, False])
 def test_no_communication_where_none_is_wanted(processes, quiet, estimate):
@@ -202,7 +204,6 @@ def test_no_communication_where_none_is_wanted(processes, quiet, estimate):
     local = BCN(8, 4, estimate=estimate).double()
     local.load_state_dict(shared.state_dict())
     local.train(shared.training)
-    local.batch_statistics.train(shared.batch_statistics.training)
     inputs, grads = batches(2), batches(2)
     results = processes.run(
         run, [shared] * 2, shares(inputs, (1, 1)), shares(grads, (1, 1))
@@ -227,11 +228,11 @@ def test_without_a_group_it_is_a_bcn():
 
 @pytest.mark.parametrize(
     'norm',
-    [SyncBCN(8), SyncBCN(8, estimate=False), TORCH_CONVERT(MABN(8, 1, 2))],
+    [SyncBCN(8), SyncBCN(8, estimate=False), torch_convert(MABN(8, 1, 2))],
     ids=['micro', 'large', 'mabn'],
 )
 def test_no_process_has_a_sample(processes, norm):
-    before = copy.deepcopy(norm.double().state_dict())
+    before = copy.deepcopy(dict(norm.double().named_buffers()))
     empty = [x[:0] for x in batches(1)]
     for result in processes.run(run, [norm] * 2, [empty] * 2, [empty] * 2):
         for name, buffer in result['buffers'].items():
@@ -241,14 +242,30 @@ def test_no_process_has_a_sample(processes, norm):
 
 
 def test_norm_eval_reaches_a_converted_layer():
-    norm = TORCH_CONVERT(BCN(8))
-    assert not isinstance(norm.batch_statistics, nn.SyncBatchNorm)
-    assert 'Shared' in repr(norm)
+    norm = torch_convert(BCN(8))
+    assert isinstance(norm, BCN) and 'synchronized' in repr(norm)
     for module in norm.modules():  # as a backbone does in train()
         if isinstance(module, _BatchNorm):
             module.eval()
     norm(torch.randn(2, 8, 3, 3))
-    assert norm.training and norm.num_batches_tracked == 0
+    assert norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize('norm', [BCN(8), BGN(8, 4), MABN(8, 1)])
+def test_a_layer_in_no_network_is_not_converted(norm):
+    with pytest.raises(RuntimeError, match='synchronize'):
+        nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+    with pytest.raises(RuntimeError, match='synchronize'):
+        convert_sync_batchnorm(norm, 'mmcv')
+
+
+def test_reverting_leaves_a_layer_that_runs_alone():
+    network = nn.Sequential(SyncBCN(8, 4), nn.Sequential(SyncBCN(8)))
+    reverted = revert_sync_batchnorm(network)
+    assert [type(m) for m in reverted.modules()].count(SyncBCN) == 2
+    x = torch.randn(2, 8, 3, 3)
+    single = BCN(8, 4)
+    torch.testing.assert_close(reverted[0](x), single(x))
 
 
 def test_registered_copied_and_pickled():
@@ -322,7 +339,7 @@ def test_data_parallel_gradients_are_those_of_the_mean_loss(
     model = randomized(Model(BCN(8, 4, momentum=0.3, estimate=estimate)))
     x = batches(2)[0]
     results = processes.run(
-        run_wrapped, [TORCH_CONVERT(copy.deepcopy(model))] * 2, x.split(1)
+        run_wrapped, [torch_convert(copy.deepcopy(model))] * 2, x.split(1)
     )
     model(x).square().mean().backward()
     for grads, buffers in results:

@@ -15,6 +15,7 @@ from mmengine.runner.checkpoint import get_state_dict
 import wsbcn_mm  # noqa: F401  registers the layers
 from wsbcn_mm.engine.checkpoint import publish, read_checkpoint, read_config
 from wsbcn_mm.engine.command_line import UsageError, run
+from wsbcn_mm.layers.checkpoint_layouts import authors_weight_function
 
 
 def parse_args():
@@ -43,10 +44,16 @@ def main():
         ) from error
     own = len(model.state_dict())
     if len(missing) > own / 2:
+        advice = ''
+        if authors_weight_function(checkpoint['state_dict']):
+            advice = (
+                '. It is of the code of BCN + WS, whose names authors.py '
+                'translates'
+            )
         raise UsageError(
             f'{args.checkpoint!r} is not of the network in {args.config!r}: '
             f'{len(missing)} of its {own} tensors are missing, such as '
-            f'{missing[0]}'
+            f'{missing[0]}{advice}'
         )
     path = publish(
         dict(checkpoint, state_dict=get_state_dict(model)), args.out

@@ -32,7 +32,7 @@ from mmengine.utils import digit_version
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.batch_statistics import BatchStatistics
+from ..layers._base import NormBase
 
 
 class _Dtype:
@@ -224,10 +224,9 @@ def allow_mmengine_checkpoints() -> None:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a model has a Batch Normalization, in more than name."""
+    """Whether a model has a Batch Normalization other than ours."""
     return any(
-        isinstance(module, _BatchNorm)
-        and not isinstance(module, BatchStatistics)
+        isinstance(module, _BatchNorm) and not isinstance(module, NormBase)
         for module in model.modules()
     )
 

@@ -17,7 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..layers import BCN
 from ..layers._base import check_count
-from .update_rate import LEAST_IMAGES, update_rate
+from .update_rate import update_rate
 
 LAZY = (LazyAttr, LazyObject)  # a new-style config's stand-ins for imports
 
@@ -193,8 +193,7 @@ def with_rate(
     if 'simulated_batch_size' in constructor_parameters(kind):
         batch_size = norm_cfg.setdefault('batch_size', images_per_gpu)
         check_count(kind.__name__, 'batch_size', batch_size)
-        least = -(-LEAST_IMAGES // batch_size) * batch_size
-        norm_cfg.setdefault(
-            'simulated_batch_size', max(images_per_update, least)
-        )
+        # 32 samples, as in the authors' code, in whole batches.
+        window = -(-32 // batch_size) * batch_size
+        norm_cfg.setdefault('simulated_batch_size', window)
     return norm_cfg

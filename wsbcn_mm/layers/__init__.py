@@ -1,5 +1,6 @@
 """The modules, registered in mmengine's root registry."""
 
+from . import replacement  # noqa: F401  hooks into the registration of modules
 from .bcn import BCN
 from .bgn import BGN
 from .cen_conv import CenConv

@@ -13,7 +13,6 @@ from ..functional import (
     moments_from_statistics,
     wants_graph,
 )
-from .batch_statistics import SharedBatchStatistics
 
 
 def _positions(x: Tensor) -> int:
@@ -183,33 +182,29 @@ class _Gathered(torch.autograd.Function):
         return mean, var, None, None, None
 
 
-def shared_group(switch: nn.Module):
-    """The processes that a layer shares its batches with, or None.
-
-    Args:
-        switch (nn.Module): The layer's ``batch_statistics``.
-    """
+def shared_group(layer: nn.Module):
+    """The processes that a layer shares its batches with, or None."""
     if (
-        not isinstance(switch, SharedBatchStatistics)
+        not layer.is_synchronized
         or not dist.is_available()
         or not dist.is_initialized()
     ):
         return None
-    group = switch.process_group or dist.group.WORLD
+    group = layer.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 
 
 def batch_of(
-    switch: nn.Module, x: Tensor, mean: Tensor, var: Tensor
+    layer: nn.Module, x: Tensor, mean: Tensor, var: Tensor
 ) -> Union[Batch, SharedBatch, None]:
     """The batch to take statistics over, or None where there is none.
 
     Args:
-        switch (nn.Module): The layer's ``batch_statistics``.
+        layer (NormBase): The layer.
         x (Tensor): Activations.
         mean, var (Tensor): Their moments.
     """
-    group = shared_group(switch)
+    group = shared_group(layer)
     if group is not None:
         return SharedBatch(x, mean, var, group)
     return Batch(x) if x.numel() else None

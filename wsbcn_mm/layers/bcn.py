@@ -1,5 +1,5 @@
 import warnings
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 from mmengine.registry import MODELS
@@ -16,11 +16,9 @@ from ._base import (
     NormBase,
     check_count,
     check_momentum,
-    in_backward,
     largest_divisor,
 )
 from .batch import Batch, batch_of, shared_group
-from .batch_statistics import BatchStatistics
 from .checkpoint_layouts import translate_to_bcn
 from .running_statistics import RunningStatistics
 
@@ -57,13 +55,14 @@ class BCN(RunningStatistics, NormBase):
             channel a group, of which the constructor warns, the second step
             is instance normalization. Default: 32
         eps (float): Added to both variances. Default: 1e-5
-        momentum (float | None): The update rate r, applied once a training
-            forward. A memory of about ``images / r`` images follows from it,
-            and it is what should stay fixed: ``r = 0.01 * images per forward /
-            max(images per optimizer step, 16)`` is a good choice
-            (:func:`update_rate`), annealed. The default is that of 1 or 2
-            images of 16. None: the cumulative average of all forwards.
-            Default: 0.001
+        momentum (float | str | None): The update rate r, applied once a
+            training forward. A memory of about ``images / r`` images follows
+            from it, and it is what should stay fixed: ``r = 0.01 * images per
+            forward / max(images per optimizer step, 16)`` is a good choice
+            (:func:`update_rate`), annealed. None: the cumulative average of
+            all forwards. Default: ``'auto'``, 0.001 (that of 1 or 2 images
+            of 16), and 0.1 with ``estimate=False``, as in
+            :class:`torch.nn.BatchNorm2d`
         estimate (bool): Whether to normalize with estimates (micro-batch)
             rather than with the batch's own statistics. Default: True
         channel_affine (str): ``'group'`` for one pair :math:`\gamma,
@@ -109,7 +108,7 @@ class BCN(RunningStatistics, NormBase):
         num_features: int,
         num_groups: int = 32,
         eps: float = 1e-5,
-        momentum: Optional[float] = 0.001,
+        momentum: Union[float, str, None] = 'auto',
         estimate: bool = True,
         channel_affine: str = 'group',
         momentum_annealing: bool = False,
@@ -133,9 +132,10 @@ class BCN(RunningStatistics, NormBase):
                     f'{name}: {argument} must be True or False, got '
                     f'{value!r} ({type(value).__name__})'
                 )
-        super().__init__(
-            num_features, largest_divisor(num_features, num_groups), eps
-        )
+        if momentum == 'auto':
+            momentum = 0.001 if estimate else 0.1
+        super().__init__(num_features, eps, check_momentum(name, momentum))
+        self.num_groups = largest_divisor(num_features, num_groups)
         if self.num_groups == num_features > 1:
             warnings.warn(
                 f'{name}({num_features}, num_groups={num_groups}) has one '
@@ -145,7 +145,6 @@ class BCN(RunningStatistics, NormBase):
                 f'{num_features // 2}).',
                 stacklevel=2,
             )
-        self.momentum = check_momentum(name, momentum)
         self.estimate = estimate
         self.channel_affine = channel_affine
         self.momentum_annealing = momentum_annealing
@@ -156,49 +155,71 @@ class BCN(RunningStatistics, NormBase):
         self.batch_weight = nn.Parameter(torch.empty(num_features, **factory))
         self.batch_bias = nn.Parameter(torch.empty(num_features, **factory))
         self._register_estimates(num_features, **factory)
-        self.batch_statistics = BatchStatistics()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Forget everything: unit scales, zero shifts, no estimates."""
-        if not hasattr(self, 'batch_weight'):
-            return  # GroupNorm's constructor, which has nothing to reset
+        if self.num_batches_tracked is None:
+            return  # BatchNorm2d's constructor, which has nothing to reset
         for weight in (self.weight, self.batch_weight):
             nn.init.ones_(weight)
         for bias in (self.bias, self.batch_bias):
             nn.init.zeros_(bias)
         self.reset_running_stats()
 
+    def check_new_momentum(self, momentum: Optional[float]) -> None:
+        if momentum == 1 and self.estimate:
+            raise RuntimeError(
+                f'{type(self).__name__}: momentum is being set to 1, as '
+                'PreciseBNHook does, by which an image would be normalized '
+                'with its own statistics alone. To measure the estimates anew '
+                'use CalibrateEstimatesHook, or momentum=None, the average of '
+                'all forwards.'
+            )
+
+    def _affines(self) -> Tuple[Tensor, ...]:
+        """Both affines; what is frozen of the output's is so of the batch's.
+
+        Tools that freeze a Batch Normalization know ``weight`` and ``bias``.
+        """
+        weight, bias = self.weight, self.bias
+        batch_weight, batch_bias = self.batch_weight, self.batch_bias
+        if not weight.requires_grad and batch_weight.requires_grad:
+            batch_weight = batch_weight.detach()
+        if not bias.requires_grad and batch_bias.requires_grad:
+            batch_bias = batch_bias.detach()
+        return batch_weight, batch_bias, weight, bias
+
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         settings = dict(num_groups=self.num_groups, eps=self.eps)
-        parameters = self.batch_weight, self.batch_bias, self.weight, self.bias
-        switch = self.batch_statistics
-        tracking = self.training and switch.training
-        learning = tracking and not in_backward()
-        if tracking and shared_group(switch) is None:
-            if not self.estimate:
-                advice = 'Use several samples, or estimate=True.'
-                self.check_batch(Batch(x), x, 1, 'channel', advice)
-            if learning:
-                y = learn_and_normalize(
-                    x,
-                    *parameters,
-                    running_mean=self.running_mean,
-                    running_var=self.running_var,
-                    estimate=self.estimate,
-                    **self._rate(),
-                    **settings,
-                )
-                if y is not None:
-                    return y
+        parameters = self._affines()
+        learning = self.is_learning
+        if learning:
+            self.widen_statistics()
+        of_batch = self.training and not self.estimate
+        if of_batch and not self.is_synchronized:
+            advice = 'Use several samples, or estimate=True.'
+            self.check_batch(Batch(x), x, 1, 'channel', advice)
+        if learning and shared_group(self) is None:
+            y = learn_and_normalize(
+                x,
+                *parameters,
+                running_mean=self.running_mean,
+                running_var=self.running_var,
+                estimate=self.estimate,
+                **self._rate(),
+                **settings,
+            )
+            if y is not None:
+                return y
         mean, var = moments(x)
         batch = coefficients = estimates = None
-        if learning or (tracking and not self.estimate):
-            batch = batch_of(switch, x, mean, var)
+        if learning or of_batch:
+            batch = batch_of(self, x, mean, var)
         if batch and learning:
             estimates = self._update(batch, mean, var)
-        if batch and not self.estimate:
+        if batch and of_batch:
             coefficients = LargeBatchChannelCoefficients(
                 statistics=batch.statistics, **settings
             )

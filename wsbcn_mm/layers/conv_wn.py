@@ -16,8 +16,10 @@ class _WeightNormalization(ConvBase):
 
     centered: bool
 
-    def __init__(self, *args, eps: float = 1e-5, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *args, eps: float = 1e-5, device=None, dtype=None, **kwargs
+    ):
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
         self.eps = check_eps(type(self).__name__, eps)
         self.gain = nn.Parameter(
             self.weight.new_full((self.out_channels,), INITIAL_GAIN)

@@ -1,6 +1,5 @@
 from mmengine.registry import MODELS
 
-from .batch_statistics import SharedBatchStatistics
 from .bcn import BCN
 
 
@@ -26,10 +25,11 @@ class SyncBCN(BCN):
     averages instead, so that it gives the gradient of the mean of the losses,
     as it does for any layer.
 
-    A :class:`BCN` becomes this by ``sync_bn`` of mmengine's Runner
-    (``'torch'`` or ``'mmcv'``) or ``SyncBatchNorm.convert_sync_batchnorm``,
-    and this a :class:`BCN` by mmengine's ``revert_sync_batchnorm``; their
-    checkpoints are the same. :class:`SyncEstimatesHook` is cheaper still.
+    A :class:`BCN` does the same after ``sync_bn`` of mmengine's Runner
+    (``'torch'`` or ``'mmcv'``) or ``SyncBatchNorm.convert_sync_batchnorm``.
+    Their checkpoints are the same. Without other processes this is a
+    :class:`BCN`, so ``revert_sync_batchnorm`` leaves it as it is.
+    :class:`SyncEstimatesHook` is cheaper still.
 
     Args:
         *args, **kwargs: Those of :class:`BCN`.
@@ -43,6 +43,8 @@ class SyncBCN(BCN):
         torch.Size([1, 64, 50, 76])
     """
 
-    def __init__(self, *args, process_group=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.batch_statistics = SharedBatchStatistics(process_group)
+    def __init__(
+        self, *args, process_group=None, device=None, dtype=None, **kwargs
+    ):
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        self.synchronize(process_group)

@@ -24,8 +24,7 @@ from wsbcn_mm.functional import (
     rate_of_forward,
 )
 from wsbcn_mm.functional.mabn import _Scale
-from wsbcn_mm.layers.batch_statistics import BatchStatistics
-from wsbcn_mm.layers.mabn import RATIO_LIMIT, RATIO_WARMUP_ITERS
+from wsbcn_mm.layers.mabn import RATIO_LIMIT
 
 
 def normalize_in_micro_batches(model: nn.Module, images: int) -> None:
@@ -36,8 +35,6 @@ def normalize_in_micro_batches(model: nn.Module, images: int) -> None:
         images (int): Images per normalization batch.
     """
     for module in model.modules():
-        if isinstance(module, BatchStatistics):
-            continue
         if type(module) is BCN and module.estimate:
             micro_batched = partial(_bcn, module)
         elif type(module) is nn.BatchNorm2d:
@@ -175,7 +172,7 @@ def _mabn(module, x: Tensor, images: int, forward) -> Tensor:
         before = torch.cat([module.running_var[None], after[:-1]])
         ratio = (mean_square + module.eps) / (before + module.eps)
         ratio = ratio.sqrt().clamp(1 / RATIO_LIMIT, RATIO_LIMIT)
-        trusted = iters > max(RATIO_WARMUP_ITERS, module.warmup_iters)
+        trusted = iters > max(module.ratio_warmup_iters, module.warmup_iters)
         ratio = torch.where(trusted[:, None], ratio, 1)
         module.running_var.copy_(after[-1])
         module.num_batches_tracked += parts

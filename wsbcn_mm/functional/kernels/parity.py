@@ -103,6 +103,8 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
         _check_forward(backend, x, grad)
     if x[0].numel() > 1:
         _check_weight(backend, x, grad, x.dtype)
+        # Large, so that no rounding hides where it is added.
+        _check_weight(backend, x, grad, x.dtype, var_eps=0.25, std_eps=0.0)
         if x.dtype == torch.float32:  # under autocast
             _check_weight(backend, x, grad, torch.float16)
 
@@ -292,14 +294,19 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
 
 
 def _check_weight(
-    backend: ModuleType, weight: Tensor, grad: Tensor, dtype: torch.dtype
+    backend: ModuleType,
+    weight: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
+    var_eps: float = 0.0,
+    std_eps: float = 1e-5,
 ) -> None:
     """Take activations for filters, whose weight another dtype may have."""
-    wide = weight.double().cpu()
-    got, pull_back = backend.standardize_weight(weight, 1e-5, dtype)
-    expected, wide_pull_back = plain.standardize_weight(wide, 1e-5, wide.dtype)
+    wide, eps = weight.double().cpu(), (var_eps, std_eps)
+    got, pull_back = backend.standardize_weight(weight, *eps, dtype)
+    expected, wide_pull_back = plain.standardize_weight(wide, *eps, wide.dtype)
     rows = wide.flatten(1)
-    inverse = 1 / (rows.std(1) + 1e-5)
+    inverse = 1 / ((rows.var(1) + var_eps).sqrt() + std_eps)
     # The mean is rounded, and that is scaled along.
     size = 1 + expected.abs().max() + (inverse * rows.abs().amax(1)).max()
     tolerance = TOLERANCE[plain.statistics_dtype(weight.dtype)]
