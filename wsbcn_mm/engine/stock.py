@@ -201,7 +201,7 @@ def _types(cfg: Any) -> set:
         return set().union(*map(_types, cfg))
     if not isinstance(cfg, dict):
         return set()
-    own = {cfg['type']} if isinstance(cfg.get('type'), str) else set()
+    own = {_name_of(cfg)} if isinstance(cfg.get('type'), str) else set()
     return own.union(*(_types(v) for v in cfg.values()))
 
 
