@@ -286,7 +286,7 @@ def _is_batch_norm(layer: nn.Module) -> bool:
         trial = copy.deepcopy(layer).to_empty(device='cpu').float().eval()
         first = torch.linspace(0.5, 1.5, len(tensors[0]))
         values = [first + i for i in range(len(tensors))]
-        x = torch.linspace(-1, 1, 8 * len(first)).view(2, -1, 2, 2)
+        x = torch.linspace(-9, 9, 8 * len(first)).view(2, -1, 2, 2)
         expected = nn.functional.batch_norm(x, *values, eps=_eps(layer))
         if _is_norm_act(layer):
             expected = trial.act(expected)

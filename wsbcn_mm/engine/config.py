@@ -352,29 +352,35 @@ class _Conversion:
         changed = self._look(cfg, scope, '')
         owners = {self._owner(cfg, entry.name) for entry in changed}
         owners = ' and '.join(sorted(owners))
-        if self.failure and self.converts_once_built is None:
+        undecided = self.converts_once_built is None
+        if self.failure and self.converts_once_built is not True:
             if not self.norms and registered(cfg['type'], scope) is None:
-                return
+                return  # nothing speaks for it
+            self.converts_once_built = undecided
             why = str(self.failure).strip('\'"').partition('. ')[0][:100]
             _tell(
                 'the model cannot be built yet '
                 f'({type(self.failure).__name__}: {why}): what its config '
-                'does not reach is converted once it is built'
+                'does not reach is '
+                + (
+                    'converted once it is built'
+                    if undecided
+                    else 'not known, and convert=False leaves it'
+                )
             )
+        elif owners and undecided:
             self.converts_once_built = True
-        elif owners and self.converts_once_built is None:
             _tell(
                 f'no config reaches some layers of {owners}: they are '
                 'converted once the model is built'
             )
-            self.converts_once_built = True
         elif owners and not self.converts_once_built:
             _warn(
                 f'no config reaches some layers of {owners}, and '
                 'convert=False leaves them. Later only the built model can be '
                 'converted, by wsbcn_mm.convert_to_micro_batch(model)'
             )
-        elif self.left and not owners:  # else the built model tells it
+        elif self.left:  # else the built model tells it
             _tell(
                 f'{len(self.left)} batch normalizations stay, the first '
                 f'{self.left[0].name}: {self.left[0].reason}'
