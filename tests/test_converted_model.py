@@ -279,7 +279,18 @@ class OwnDepthwise(BaseModule):
         return (self.scale(self.stem(x)),)
 
 
-OWN = (OwnBackbone, OwnBackboneWithOwnNorm, OwnGate, OwnDepthwise)
+class OwnPretrained(OwnBackbone):
+    def __init__(self, pretrained=False):
+        super().__init__()
+
+
+OWN = (
+    OwnBackbone,
+    OwnBackboneWithOwnNorm,
+    OwnGate,
+    OwnDepthwise,
+    OwnPretrained,
+)
 
 
 @pytest.fixture
@@ -393,6 +404,20 @@ def test_checkpoint_of_ones_own_backbone(is_registered, register):
         assert bool(model.backbone.init_cfg) == is_kept
         told = [str(w.message) for w in caught if 'own.pth' in str(w.message)]
         assert len(told) == (pretrained is None)
+
+
+@pytest.mark.parametrize('pretrained', [None, False])
+def test_weights_that_a_class_loads_by_itself(register, pretrained):
+    """What it is shows once it is built, and then they are in it."""
+    cfg = micro_batch_model(
+        own_classifier('OwnPretrained', pretrained=True), pretrained=pretrained
+    )
+    register(OwnPretrained)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        MODELS.build(cfg)
+    told = [w for w in caught if 'by itself' in str(w.message)]
+    assert len(told) == (pretrained is None)
 
 
 def test_weights_that_timm_brings():

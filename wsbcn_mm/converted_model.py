@@ -61,7 +61,26 @@ def converted_model(conversion: dict, **model_cfg) -> nn.Module:
             own = {m for m in part.modules() if isinstance(m, ConvBase)}
             if own and own.isdisjoint(standardized):
                 _drop_checkpoints(name, part, conversion.get('pretrained'))
+                if _config_of(name, model_cfg).get('pretrained') is True:
+                    warnings.warn(
+                        f'{name} keeps the weights that its class loads by '
+                        'itself (pretrained=True), though it standardizes '
+                        'them now that it is converted, which changes what '
+                        'they compute. To start from scratch: '
+                        'micro_batch_model(pretrained=False)',
+                        stacklevel=2,
+                    )
     return built
+
+
+def _config_of(name: str, cfg: Any) -> dict:
+    """Return the config that a module was built from; {} if it has none."""
+    for key in name.split('.'):
+        if isinstance(cfg, (list, tuple)) and key.isdigit():
+            cfg = dict(enumerate(cfg)).get(int(key))
+        else:
+            cfg = cfg.get(key) if isinstance(cfg, dict) else None
+    return cfg if isinstance(cfg, dict) else {}
 
 
 def _drop_checkpoints(
