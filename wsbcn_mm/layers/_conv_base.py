@@ -11,6 +11,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..functional import SharedWeight, is_transformed
 from .fusion import GuardedParameters
 
+# The advice of the constructor, by which others know its error.
+PLAIN_CONVOLUTION = 'Use a plain convolution here'
+
 _optimizer_steps = 0
 
 
@@ -63,8 +66,8 @@ class ConvBase(GuardedParameters):
             raise ValueError(
                 f'{type(self).__name__}: nothing would be left of a filter '
                 f'of one weight; got in_channels={self.in_channels}, '
-                f'groups={self.groups}, kernel_size={self.kernel_size}. Use '
-                'a plain convolution here.'
+                f'groups={self.groups}, kernel_size={self.kernel_size}. '
+                f'{PLAIN_CONVOLUTION}.'
             )
 
     def weight_function(
