@@ -1,3 +1,4 @@
+import math
 import warnings
 from typing import Optional, Tuple, Union
 
@@ -6,9 +7,9 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import (
-    BatchChannelCoefficients,
     LargeBatchChannelCoefficients,
     learn_and_normalize,
+    micro_batch_coefficients,
     moments,
     normalize,
 )
@@ -20,11 +21,12 @@ from ._base import (
 )
 from .batch import Batch, batch_of, shared_group
 from .checkpoint_layouts import translate_to_bcn
+from .gradient_averaging import GradientAveraging, check_grad_averaging
 from .running_statistics import RunningStatistics
 
 
 @MODELS.register_module(name='BCN', force=True)
-class BCN(RunningStatistics, NormBase):
+class BCN(GradientAveraging, RunningStatistics, NormBase):
     r"""Batch-Channel Normalization, for batches of any size down to one image.
 
     A channel is normalized first with batch statistics, then, together with
@@ -112,6 +114,7 @@ class BCN(RunningStatistics, NormBase):
         estimate: bool = True,
         channel_affine: str = 'group',
         momentum_annealing: bool = False,
+        grad_averaging: Union[int, float, None] = None,
         device=None,
         dtype=None,
     ):
@@ -155,6 +158,14 @@ class BCN(RunningStatistics, NormBase):
         self.batch_weight = nn.Parameter(torch.empty(num_features, **factory))
         self.batch_bias = nn.Parameter(torch.empty(num_features, **factory))
         self._register_estimates(num_features, **factory)
+        grad_averaging = check_grad_averaging(name, grad_averaging)
+        if grad_averaging is not None and not estimate:
+            raise ValueError(
+                f'{name}: grad_averaging={grad_averaging} is for '
+                'estimate=True; with estimate=False the gradient is that of '
+                "the batch's own statistics"
+            )
+        self._register_grad_statistics(grad_averaging, num_features, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -205,6 +216,7 @@ class BCN(RunningStatistics, NormBase):
             y = learn_and_normalize(
                 x,
                 *parameters,
+                average=self._grad_average(x, Batch(x)),
                 running_mean=self.running_mean,
                 running_var=self.running_var,
                 estimate=self.estimate,
@@ -215,7 +227,7 @@ class BCN(RunningStatistics, NormBase):
                 return y
         mean, var = moments(x)
         batch = coefficients = estimates = None
-        if learning or of_batch:
+        if learning or of_batch or self.is_fitting:
             batch = batch_of(self, x, mean, var)
         if batch and learning:
             estimates = self._update(batch, mean, var)
@@ -224,8 +236,11 @@ class BCN(RunningStatistics, NormBase):
                 statistics=batch.statistics, **settings
             )
         if coefficients is None:
-            coefficients = BatchChannelCoefficients(
-                *(estimates or self._estimates(mean.dtype)), **settings
+            coefficients = micro_batch_coefficients(
+                *(estimates or self._estimates(mean.dtype)),
+                average=self._grad_average(x, batch),
+                length=math.prod(x.shape[2:]),
+                **settings,
             )
         return normalize(x, mean, var, coefficients, *parameters)
 
@@ -250,10 +265,12 @@ class BCN(RunningStatistics, NormBase):
             f'eps={self.eps}, momentum={self.momentum}, '
             f'estimate={self.estimate}, '
             f'channel_affine={self.channel_affine!r}, '
-            f'momentum_annealing={self.momentum_annealing}'
+            f'momentum_annealing={self.momentum_annealing}, '
+            f'grad_averaging={self.grad_averaging}'
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         translate_to_bcn(self, state_dict, prefix)
+        self._fit_grad_statistics(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._trust_estimates()

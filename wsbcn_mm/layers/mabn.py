@@ -10,6 +10,7 @@ from ..functional import moments, moving_average_coefficients, normalize
 from ..functional.kernels import statistics_dtype
 from ._base import NormBase, check_count, check_momentum, in_backward
 from .batch import batch_of
+from .gradient_averaging import store
 
 # As in the authors' code, the ratio r stays within this factor.
 RATIO_LIMIT = 5.0
@@ -229,7 +230,7 @@ class MABN(NormBase):
         def average(psi_sum: Tensor) -> Tensor:
             psi = batch.sum(psi_sum) / batch.num_positions
             with torch.no_grad():
-                _store(self.buffer_gz, call.slot, psi, batch.is_filled)
+                store(self.buffer_gz, call.slot, psi, batch.is_filled)
                 buffered = self.buffer_gz.mean(0, dtype=psi.dtype)
             return torch.where(call.averaging, buffered, psi)
 
@@ -257,7 +258,7 @@ class MABN(NormBase):
         iters = self.num_batches_tracked.clone()
         size = len(self.buffer_x2)
         slot = iters % size
-        _store(self.buffer_x2, slot, batch_square, is_filled)
+        store(self.buffer_x2, slot, batch_square, is_filled)
         averaging = (iters > size) & (iters >= self.warmup_iters)
         mean_square = torch.where(
             averaging, self.buffer_x2.mean(0, dtype=dtype), batch_square
@@ -340,12 +341,3 @@ class MABN(NormBase):
             state_dict[own['num_batches_tracked']] = var.new_zeros(
                 (), dtype=torch.long
             )
-
-
-def _store(buffer: Tensor, slot: Tensor, value: Tensor, is_filled) -> None:
-    """Put a batch's statistic in its slot, where it is a number."""
-    good = value.isfinite() & torch.as_tensor(is_filled).bool()
-    slot = slot.view(1)
-    old = buffer.index_select(0, slot)
-    value = value.detach().to(buffer.dtype)
-    buffer.index_copy_(0, slot, torch.where(good, value, old))

@@ -1,0 +1,200 @@
+"""Averages of the backward pass, as buffers."""
+
+import numbers
+from typing import Optional, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from ..functional import (
+    exponential_share,
+    is_functorch,
+    pool_statistics,
+    window_share,
+)
+from .batch import Batch
+
+
+def check_grad_averaging(layer: str, value) -> Union[int, float, None]:
+    """Return ``value`` if it is a window, a rate or None, else raise."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f'{layer}: grad_averaging must be a number of images, a rate or '
+            f'None, got {value!r} ({type(value).__name__})'
+        )
+    if isinstance(value, numbers.Integral):
+        if value < 1:
+            raise ValueError(
+                f'{layer}: grad_averaging must be at least 1 image, got '
+                f'{value}'
+            )
+        return int(value)
+    if not 0 < value < 1:
+        raise ValueError(
+            f'{layer}: grad_averaging must be a number of images (an int) or '
+            f'a rate between 0 and 1, got {value}'
+        )
+    return float(value)
+
+
+def store(buffer: Tensor, slot: Tensor, value: Tensor, is_good) -> None:
+    """Put a value in a row of a buffer, where it is finite.
+
+    Args:
+        buffer (Tensor): Shape (K, *).
+        slot (Tensor): Which row, an integer.
+        value (Tensor): Shape (*).
+        is_good (Tensor | int): Whether to put it there at all.
+    """
+    slot = slot.view(1)
+    old = buffer.index_select(0, slot)
+    value = value.detach().to(buffer.dtype)
+    good = value.isfinite() & torch.as_tensor(is_good).bool()
+    buffer.index_copy_(0, slot, torch.where(good, value, old))
+
+
+class GradientAveraging:
+    """Mixin for a layer with averaged statistics of the backward pass.
+
+    Attributes:
+        grad_averaging (int | float | None): A window of images, a rate of an
+            image, or None for no averages; then there are no buffers.
+        grad_statistics (Tensor): Those of the last calls, shape (window - 1,
+            4, C), or an exponential average, shape (1, 4, C).
+        grad_images (Tensor): How many images the layer had seen after each
+            of these calls, 0 where there was none.
+    """
+
+    grad_averaging = None
+
+    def _register_grad_statistics(
+        self, grad_averaging, size: int, device=None, dtype=None
+    ) -> None:
+        self.grad_averaging = grad_averaging
+        if grad_averaging is None:
+            return
+        rows = 1
+        if isinstance(grad_averaging, int):
+            rows = max(grad_averaging - 1, 1)
+        self.register_buffer(
+            'grad_statistics',
+            torch.zeros(rows, 4, size, device=device, dtype=dtype),
+        )
+        self.register_buffer(
+            'grad_images',
+            torch.zeros(rows, device=device, dtype=torch.long),
+        )
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        if self.grad_averaging is not None:
+            self.grad_statistics.zero_()
+            self.grad_images.zero_()
+
+    def _grad_average(self, x: Tensor, batch) -> Optional['GradientAverage']:
+        """The averages for a call that normalizes ``x`` with estimates."""
+        if not self.is_fitting or batch is None:
+            return None
+        if is_functorch(x):
+            raise RuntimeError(
+                f'{type(self).__name__}({self.num_features}, grad_averaging='
+                f'{self.grad_averaging}): torch.func transforms do not reach '
+                'averages that move in the backward pass; set '
+                'grad_averaging=None'
+            )
+        return GradientAverage(self, batch)
+
+    def _fit_grad_statistics(self, state_dict, prefix: str) -> None:
+        """Let averages begin anew where a checkpoint has no such ones."""
+        names = 'grad_statistics', 'grad_images'
+        found = [state_dict.get(prefix + name) for name in names]
+        own = [getattr(self, name, None) for name in names]
+        if own[0] is not None and any(
+            t is None or t.shape != mine.shape for t, mine in zip(found, own)
+        ):
+            weight = state_dict.get(prefix + 'weight', own[0])
+            found = [t.new_zeros(t.shape, device=weight.device) for t in own]
+        for name, value in zip(names, found):
+            state_dict.pop(prefix + name, None)
+            if own[0] is not None:
+                state_dict[prefix + name] = value
+
+
+class GradientAverage:
+    """A layer's averages, for the backward pass of one call.
+
+    Calling it is :data:`wsbcn_mm.functional.Average`. The first backward pass
+    of the call moves the averages. What the last calls left is taken out of
+    the gradient then: another backward pass of the call, as after
+    ``retain_graph=True``, adds the share of its own gradient alone.
+
+    Args:
+        layer (GradientAveraging): The layer.
+        batch (Batch | SharedBatch): What the call normalizes.
+    """
+
+    def __init__(self, layer: GradientAveraging, batch):
+        self._layer = layer
+        self._batch = batch
+        self._is_first = True
+
+    def __call__(self, statistics: Tensor) -> Tensor:
+        present = self._batch.pool(statistics, pool_statistics)
+        history, share = self.history(present.dtype)
+        joined = pool_statistics(
+            torch.stack([history, present]), torch.stack([share, 1 - share])
+        )
+        self.update(present, joined)
+        return joined
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the call's images are those of this process."""
+        return isinstance(self._batch, Batch)
+
+    @torch.no_grad()
+    def history(self, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
+        """The statistics of the calls before, and their share in all."""
+        layer, present = self._layer, self._batch.num_samples
+        statistics = layer.grad_statistics.to(dtype)
+        images, averaging = layer.grad_images, layer.grad_averaging
+        if isinstance(averaging, int):
+            share = window_share(images, averaging, present)
+        else:
+            share = exponential_share(images, averaging, present)
+        share = share.to(dtype)
+        total = share.sum()
+        if len(share) == 1:
+            statistics = statistics[0].clone()
+        else:
+            tiny = torch.finfo(dtype).tiny
+            share = share / total.clamp(min=tiny)
+            statistics = pool_statistics(statistics, share)
+        if not self._is_first:
+            statistics[2:] = 0  # of the gradient
+        return statistics, total
+
+    @torch.no_grad()
+    def update(self, present: Tensor, joined: Tensor) -> None:
+        """Move the averages, unless the present call overflowed.
+
+        Args:
+            present (Tensor): The call's statistics, shape (4, C).
+            joined (Tensor): With those of the calls before, shape (4, C).
+        """
+        if not self._is_first:
+            return
+        if not torch.compiler.is_compiling():
+            self._is_first = False
+        layer = self._layer
+        images = layer.grad_images
+        is_window = isinstance(layer.grad_averaging, int)
+        good = present.isfinite().all() & self._batch.is_filled
+        slot = images.argmin()
+        total = images.max() + self._batch.num_samples
+        store(
+            layer.grad_statistics, slot, present if is_window else joined, good
+        )
+        store(images, slot, total, good)
