@@ -22,9 +22,10 @@ from .gradient_statistics import (
     Average,
     exponential_share,
     fit_gradient,
+    is_in_window,
+    join_statistics,
     pool_statistics,
     subtract_fit,
-    window_share,
 )
 from .mabn import moving_average_coefficients
 from .shared_weight import SharedWeight
@@ -47,7 +48,9 @@ __all__ = [
     'group_coefficients',
     'group_statistics',
     'is_functorch',
+    'is_in_window',
     'is_transformed',
+    'join_statistics',
     'large_batch_channel_coefficients',
     'learn_and_normalize',
     'micro_batch_coefficients',
@@ -64,5 +67,4 @@ __all__ = [
     'subtract_fit',
     'updated_estimates',
     'wants_graph',
-    'window_share',
 ]

@@ -174,9 +174,24 @@ class AveragedGradientCoefficients(BatchChannelCoefficients):
     ) -> Optional[Tuple[Tensor, ...]]:
         """The gradients of ``x`` and of the parameters, all at once.
 
-        None where no kernel does that for such an ``x``.
+        None where no kernel does that for such an ``x``, or where the images
+        are those of several processes.
         """
-        return None
+        kernel = kernels.select(x)
+        if not (
+            getattr(kernel, 'averages_gradients', False)
+            and getattr(self.average, 'is_local', False)
+        ):
+            return None
+        return kernel.batch_channel_backward(
+            grad,
+            x,
+            mean,
+            var,
+            *parameters,
+            average=self.average,
+            **self._constants(),
+        )
 
 
 class _AveragedEstimates(torch.autograd.Function):

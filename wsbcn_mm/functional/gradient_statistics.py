@@ -63,6 +63,25 @@ def pool_statistics(statistics: Tensor, share: Tensor) -> Tensor:
     )
 
 
+def join_statistics(first: Tensor, second: Tensor, share) -> Tensor:
+    r"""Statistics of two parts together: :func:`pool_statistics` of them.
+
+    .. math::
+        V = w v_1 + (1 - w) v_2 + w (1 - w) (a_1 - a_2)^2, \qquad
+        C = w c_1 + (1 - w) c_2 + w (1 - w) (a_1 - a_2) (h_1 - h_2)
+
+    Args:
+        first, second (Tensor): Of each part, shape (4, C).
+        share (float | Tensor): Of the first in both, w.
+    """
+    joined = torch.lerp(second, first, share)
+    mean, _, grad, _ = (first - second).unbind()
+    cross = mean * (share * (1 - share))
+    joined[1].addcmul_(cross, mean)
+    joined[3].addcmul_(cross, grad)
+    return joined
+
+
 def fit_gradient(statistics: Tensor, ridge: Tensor) -> Tuple[Tensor, Tensor]:
     r"""The least-squares fit of the gradient on 1 and the input.
 
@@ -144,27 +163,21 @@ def subtract_fit(
     return per_mean * -length, per_var * (-length / 2)
 
 
-def window_share(images: Tensor, window: int, present) -> Tensor:
-    """The share of each remembered call, of all in a window of images.
+def is_in_window(images: Tensor, window: int, present) -> Tensor:
+    """Which remembered calls are in a window of images, with the present one.
 
-    Calls count the same, the present one too. Those are in the window that
-    came before fewer than ``window`` images, and as many more as they have.
+    Those before which fewer than ``window`` images have come since.
 
     Args:
         images (Tensor): How many images the layer had seen after each
             remembered call, shape (K,). 0 where there is none.
         window (int): Images to average over.
         present (int | Tensor): Images of the present call.
-
-    Returns:
-        Tensor: Shape (K,). What is missing to 1 is the present call's share.
     """
-    since = images.max() - images + present
-    inside = ((images > 0) & (since < window)).double()
-    return inside / (inside.sum() + 1)
+    return (images > 0) & (images.max() - images < window - present)
 
 
-def exponential_share(images: Tensor, rate: float, present) -> Tensor:
+def exponential_share(images, rate: float, present):
     r"""The share of an exponential average, when a call comes in.
 
     With q the rate and t images in all, n of them of the present call, the
@@ -174,9 +187,9 @@ def exponential_share(images: Tensor, rate: float, present) -> Tensor:
         1 - \frac{1 - (1 - q)^n}{1 - (1 - q)^t}
 
     Args:
-        images (Tensor): How many images the average is made of, shape (1,).
+        images (int | Tensor): How many images the average is made of.
         rate (float): The rate q, of an image.
         present (int | Tensor): Images of the present call.
     """
-    new = 1 - (1 - rate) ** present
-    return 1 - new / (1 - (1 - rate) ** (images + present).double())
+    kept = 1 - rate
+    return 1 - (1 - kept**present) / (1 - kept ** (images + present))

@@ -9,8 +9,9 @@ from torch import Tensor
 from ..functional import (
     exponential_share,
     is_functorch,
+    is_in_window,
+    join_statistics,
     pool_statistics,
-    window_share,
 )
 from .batch import Batch
 
@@ -39,19 +40,18 @@ def check_grad_averaging(layer: str, value) -> Union[int, float, None]:
     return float(value)
 
 
-def store(buffer: Tensor, slot: Tensor, value: Tensor, is_good) -> None:
-    """Put a value in a row of a buffer, where it is finite.
+def store(buffer: Tensor, slot: Tensor, value: Tensor, good: Tensor) -> None:
+    """Put a value in a row of a buffer, where it is good.
 
     Args:
         buffer (Tensor): Shape (K, *).
         slot (Tensor): Which row, an integer.
         value (Tensor): Shape (*).
-        is_good (Tensor | int): Whether to put it there at all.
+        good (Tensor): Whether to put it there, for each number or for all.
     """
     slot = slot.view(1)
-    old = buffer.index_select(0, slot)
     value = value.detach().to(buffer.dtype)
-    good = value.isfinite() & torch.as_tensor(is_good).bool()
+    old = buffer.index_select(0, slot)
     buffer.index_copy_(0, slot, torch.where(good, value, old))
 
 
@@ -75,9 +75,7 @@ class GradientAveraging:
         self.grad_averaging = grad_averaging
         if grad_averaging is None:
             return
-        rows = 1
-        if isinstance(grad_averaging, int):
-            rows = max(grad_averaging - 1, 1)
+        rows = max(grad_averaging - 1, 1) if self.averages_window else 1
         self.register_buffer(
             'grad_statistics',
             torch.zeros(rows, 4, size, device=device, dtype=dtype),
@@ -86,6 +84,11 @@ class GradientAveraging:
             'grad_images',
             torch.zeros(rows, device=device, dtype=torch.long),
         )
+
+    @property
+    def averages_window(self) -> bool:
+        """Whether the averages are over a window, not exponential."""
+        return isinstance(self.grad_averaging, int)
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -143,9 +146,7 @@ class GradientAverage:
     def __call__(self, statistics: Tensor) -> Tensor:
         present = self._batch.pool(statistics, pool_statistics)
         history, share = self.history(present.dtype)
-        joined = pool_statistics(
-            torch.stack([history, present]), torch.stack([share, 1 - share])
-        )
+        joined = join_statistics(history, present, share)
         self.update(present, joined)
         return joined
 
@@ -154,29 +155,27 @@ class GradientAverage:
         """Whether the call's images are those of this process."""
         return isinstance(self._batch, Batch)
 
-    @torch.no_grad()
     def history(self, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
         """The statistics of the calls before, and their share in all."""
         layer, present = self._layer, self._batch.num_samples
         statistics = layer.grad_statistics.to(dtype)
-        images, averaging = layer.grad_images, layer.grad_averaging
-        if isinstance(averaging, int):
-            share = window_share(images, averaging, present)
+        if layer.averages_window:
+            inside = is_in_window(
+                layer.grad_images, layer.grad_averaging, present
+            ).to(dtype)
+            count = inside.sum()
+            statistics = pool_statistics(
+                statistics, inside / count.clamp(min=1)
+            )
+            share = count / (count + 1)
         else:
-            share = exponential_share(images, averaging, present)
-        share = share.to(dtype)
-        total = share.sum()
-        if len(share) == 1:
-            statistics = statistics[0].clone()
-        else:
-            tiny = torch.finfo(dtype).tiny
-            share = share / total.clamp(min=tiny)
-            statistics = pool_statistics(statistics, share)
+            images = layer.grad_images[0].double()
+            share = exponential_share(images, layer.grad_averaging, present)
+            statistics, share = statistics[0], share.to(dtype)
         if not self._is_first:
-            statistics[2:] = 0  # of the gradient
-        return statistics, total
+            statistics = torch.cat([statistics[:2], 0 * statistics[2:]])
+        return statistics, share
 
-    @torch.no_grad()
     def update(self, present: Tensor, joined: Tensor) -> None:
         """Move the averages, unless the present call overflowed.
 
@@ -190,11 +189,9 @@ class GradientAverage:
             self._is_first = False
         layer = self._layer
         images = layer.grad_images
-        is_window = isinstance(layer.grad_averaging, int)
-        good = present.isfinite().all() & self._batch.is_filled
+        good = (present.sum() * 0 == 0) & (self._batch.num_positions > 0)
         slot = images.argmin()
+        kept = present if layer.averages_window else joined
+        store(layer.grad_statistics, slot, kept, good)
         total = images.max() + self._batch.num_samples
-        store(
-            layer.grad_statistics, slot, present if is_window else joined, good
-        )
         store(images, slot, total, good)

@@ -230,7 +230,8 @@ class MABN(NormBase):
         def average(psi_sum: Tensor) -> Tensor:
             psi = batch.sum(psi_sum) / batch.num_positions
             with torch.no_grad():
-                store(self.buffer_gz, call.slot, psi, batch.is_filled)
+                good = psi.isfinite() & (batch.is_filled > 0)
+                store(self.buffer_gz, call.slot, psi, good)
                 buffered = self.buffer_gz.mean(0, dtype=psi.dtype)
             return torch.where(call.averaging, buffered, psi)
 
@@ -258,7 +259,8 @@ class MABN(NormBase):
         iters = self.num_batches_tracked.clone()
         size = len(self.buffer_x2)
         slot = iters % size
-        store(self.buffer_x2, slot, batch_square, is_filled)
+        good = batch_square.isfinite() & (is_filled > 0)
+        store(self.buffer_x2, slot, batch_square, good)
         averaging = (iters > size) & (iters >= self.warmup_iters)
         mean_square = torch.where(
             averaging, self.buffer_x2.mean(0, dtype=dtype), batch_square

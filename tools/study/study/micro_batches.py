@@ -162,7 +162,9 @@ def _grad_average(module, images: int, statistics: Tensor) -> Tensor:
         inside[:, : len(seen)] &= seen[order] > 0
         weights = inside.double() / inside.sum(1, keepdim=True)
     else:
-        shares = exponential_share(after - images, averaging, images)
+        shares = exponential_share(
+            (after - images).double(), averaging, images
+        )
         weights = _decay(tuple((1 - shares).tolist()))
     joined = torch.stack(_pool(rows, weights), 1)
     kept = present if isinstance(averaging, int) else joined
