@@ -65,9 +65,13 @@ class GradientAveraging:
             4, C), or an exponential average, shape (1, 4, C).
         grad_images (Tensor): How many images the layer had seen after each
             of these calls, 0 where there was none.
+        loss_scale (float | Tensor | None): What the loss is multiplied by, to
+            be set before a backward pass where it changes, so that averages
+            are of one scale. Default: None, for the same one always.
     """
 
     grad_averaging = None
+    loss_scale = None
 
     def _register_grad_statistics(
         self, grad_averaging, size: int, device=None, dtype=None
@@ -141,7 +145,8 @@ class GradientAverage:
     def __init__(self, layer: GradientAveraging, batch):
         self._layer = layer
         self._batch = batch
-        self._is_first = True
+        self._history = None
+        self._has_moved = False
 
     def __call__(self, statistics: Tensor) -> Tensor:
         present = self._batch.pool(statistics, pool_statistics)
@@ -157,6 +162,9 @@ class GradientAverage:
 
     def history(self, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
         """The statistics of the calls before, and their share in all."""
+        if self._history is not None:  # whose gradient was subtracted
+            statistics, share = self._history
+            return _scaled(statistics, 0), share
         layer, present = self._layer, self._batch.num_samples
         statistics = layer.grad_statistics.to(dtype)
         if layer.averages_window:
@@ -171,9 +179,11 @@ class GradientAverage:
         else:
             images = layer.grad_images[0].double()
             share = exponential_share(images, layer.grad_averaging, present)
-            statistics, share = statistics[0], share.to(dtype)
-        if not self._is_first:
-            statistics = torch.cat([statistics[:2], 0 * statistics[2:]])
+            statistics, share = statistics[0].clone(), share.to(dtype)
+        if layer.loss_scale is not None:
+            statistics = _scaled(statistics, layer.loss_scale)
+        if not torch.compiler.is_compiling():
+            self._history = statistics, share
         return statistics, share
 
     def update(self, present: Tensor, joined: Tensor) -> None:
@@ -183,15 +193,22 @@ class GradientAverage:
             present (Tensor): The call's statistics, shape (4, C).
             joined (Tensor): With those of the calls before, shape (4, C).
         """
-        if not self._is_first:
+        if self._has_moved:
             return
         if not torch.compiler.is_compiling():
-            self._is_first = False
+            self._has_moved = True
         layer = self._layer
         images = layer.grad_images
         good = (present.sum() * 0 == 0) & (self._batch.num_positions > 0)
         slot = images.argmin()
         kept = present if layer.averages_window else joined
+        if layer.loss_scale is not None:
+            kept = _scaled(kept, 1 / layer.loss_scale)
         store(layer.grad_statistics, slot, kept, good)
         total = images.max() + self._batch.num_samples
         store(images, slot, total, good)
+
+
+def _scaled(statistics: Tensor, factor) -> Tensor:
+    """The statistics of a gradient times a factor."""
+    return torch.cat([statistics[:2], statistics[2:] * factor])
