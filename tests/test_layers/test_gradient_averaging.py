@@ -274,26 +274,31 @@ def unchanged(norm, action):
             close(value, before[key], 0)
 
 
-def test_frozen_estimates_are_constants():
-    """norm_eval and eval: no averages, and the gradient of an affine."""
-    norm = make()
+def test_in_evaluation_estimates_are_constants():
+    """norm_eval, too: the gradient is that of an affine."""
+    norm, plain = make(), make(None)
     step(norm, images(), images())
-    plain = make(None)
-    for frozen in ('norm_eval', 'eval'):
-        norm.train(), plain.train()
-        plain.load_state_dict(norm.state_dict())
-        for layer in (norm, plain):
-            if frozen == 'eval':
-                layer.eval()
-            else:
-                layer.batch_statistics.eval()
+    plain.load_state_dict(norm.state_dict())
+    norm.eval(), plain.eval()
+
+    def compare():
         x, grad = images(), images()
+        for a, b in zip(step(norm, x, grad), step(plain, x, grad)):
+            close(a, b, 0)
 
-        def compare(x=x, grad=grad):
-            for a, b in zip(step(norm, x, grad), step(plain, x, grad)):
-                close(a, b, 0)
+    unchanged(norm, compare)
 
-        unchanged(norm, compare)
+
+def test_estimates_that_do_not_move_have_the_gradient_of_training():
+    """As a Batch Normalization in training has, tracking or not."""
+    norm = make(momentum=0.0)
+    other = copy.deepcopy(norm)
+    other.momentum, other.track_running_stats = 0.1, False
+    for _ in range(3):
+        x, grad = images(), images()
+        for a, b in zip(step(norm, x, grad), step(other, x, grad)):
+            close(a, b)
+    assert norm.grad_images.max() == other.grad_images.max() == 3
 
 
 def test_what_is_not_differentiated_moves_nothing():

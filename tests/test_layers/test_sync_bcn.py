@@ -135,6 +135,19 @@ def test_processes_compute_what_one_does(
     assert costs == [[(1, backward)] * STEPS] * 2
 
 
+@pytest.mark.parametrize('counts', [(1, 1), (3, 1), (0, 2)])
+@pytest.mark.parametrize('grad_averaging', [4, 0.3])
+def test_processes_average_the_gradient_of_all_images(
+    processes, grad_averaging, counts
+):
+    settings = dict(momentum=0.3, grad_averaging=grad_averaging)
+    single = randomized(BCN(8, 4, **settings))
+    shared = SyncBCN(8, 4, **settings).double()
+    shared.load_state_dict(single.state_dict())
+    costs = check_parity(processes, shared, single, counts)
+    assert costs == [[(1, 1)] * STEPS] * 2
+
+
 @pytest.mark.parametrize('counts', [(1, 1), (2, 0)])
 @pytest.mark.parametrize(
     'norm',

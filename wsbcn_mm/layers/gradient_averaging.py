@@ -80,13 +80,19 @@ class GradientAveraging:
         if grad_averaging is None:
             return
         rows = max(grad_averaging - 1, 1) if self.averages_window else 1
-        self.register_buffer(
-            'grad_statistics',
-            torch.zeros(rows, 4, size, device=device, dtype=dtype),
+        self._register_statistic(
+            'grad_statistics', rows, 4, size, device=device, dtype=dtype
         )
         self.register_buffer(
-            'grad_images',
-            torch.zeros(rows, device=device, dtype=torch.long),
+            'grad_images', torch.zeros(rows, dtype=torch.long, device=device)
+        )
+        self.statistics = *self.statistics, 'grad_statistics'
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether a forward now has an averaged gradient."""
+        return (
+            self.training and self.estimate and self.grad_averaging is not None
         )
 
     @property
