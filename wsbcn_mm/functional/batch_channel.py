@@ -406,6 +406,7 @@ class _LearnAndNormalize(torch.autograd.Function):
                 grad, x, parameters, coefficients, wanted
             )
         elif ctx.average is not None:
+            mean, var = (t.view(x.shape[:2]) for t in (mean, var))
             scale, _, pull_back = coefficients.vjp(mean, var, *parameters)
             grads = kernels.backward(
                 ctx.kernel, grad, x, mean, scale, pull_back, wanted[0]
