@@ -72,46 +72,38 @@ def same_averages(a, b, tolerance=1e-9):
 class Definition:
     """What the layer's gradient is, from all activations it has seen.
 
-    It keeps the normalized activations and their gradients, and fits the
-    latter to the former by least squares at every backward pass.
+    It keeps them and the gradients that constant estimates would give, and
+    fits the latter to the former by least squares at every backward pass.
     """
 
     def __init__(self, norm):
         self.norm = norm
-        self.without = copy.deepcopy(norm)
-        self.without.grad_averaging = None
         self.calls = []
 
     def forward(self, x):
         """The output, and a function from its gradient to that of x."""
-        norm = self.without
-        norm.load_state_dict(self.norm.state_dict())
+        constant = copy.deepcopy(self.norm)
+        constant.grad_averaging = None
         leaf = x.clone().requires_grad_()
-        y = norm(leaf)  # moves its own estimates as the layer's will be
-        std = (norm.running_var + norm.eps).sqrt().view(-1, 1, 1)
-        normalized = (x - norm.running_mean.view(-1, 1, 1)) / std
+        y = constant(leaf)
 
         def backward(grad):
-            (constant,) = torch.autograd.grad(y, leaf, grad)
-            h = constant * std
-            self.calls.append((normalized, h))
-            slope = [
-                self._fit(c, norm.eps / std[c].item() ** 2) for c in range(C)
-            ]
-            alpha, beta = torch.stack(slope, 1)[:, :, None, None]
-            return (h - alpha - beta * normalized) / std
+            (g,) = torch.autograd.grad(y, leaf, grad)
+            self.calls.append((x, g))
+            fits = torch.stack([self._fit(c) for c in range(C)], 1)
+            alpha, beta = fits[:, :, None, None]
+            return g - alpha - beta * x
 
         return y.detach(), backward
 
-    def _fit(self, channel, ridge):
-        gram, moment = torch.zeros(2, 2), torch.zeros(2)
-        gram, moment = gram.double(), moment.double()
-        gram[1, 1] = ridge
-        for weight, (normalized, h) in zip(self._weights(), self.calls):
-            a, b = (t[:, channel].flatten() for t in (normalized, h))
-            design = torch.stack([torch.ones_like(a), a], 1)
-            gram += weight * design.t() @ design / len(a)
-            moment += weight * design.t() @ b / len(a)
+    def _fit(self, channel):
+        gram, moment = torch.zeros(2, 2).double(), torch.zeros(2).double()
+        gram[1, 1] = self.norm.eps
+        for weight, call in zip(self._weights(), self.calls):
+            x, g = (t[:, channel].flatten() for t in call)
+            design = torch.stack([torch.ones_like(x), x], 1)
+            gram += weight * design.t() @ design / len(x)
+            moment += weight * design.t() @ g / len(x)
         return torch.linalg.solve(gram, moment)
 
     def _weights(self):
@@ -195,7 +187,6 @@ def test_accumulated_passes_and_calls_of_a_shared_layer():
         ys, backwards = [], []
         for x in xs:
             expected, backward = definition.forward(x.detach())
-            definition.without = copy.deepcopy(definition.without)
             ys.append(norm(x))
             close(ys[-1].detach(), expected)
             backwards.append(backward)

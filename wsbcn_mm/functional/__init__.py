@@ -21,7 +21,6 @@ from .estimates import rate_of_forward, updated_estimates
 from .gradient_statistics import (
     Average,
     exponential_share,
-    fit_gradient,
     is_in_window,
     join_statistics,
     pool_statistics,
@@ -44,7 +43,6 @@ __all__ = [
     'batch_statistics',
     'centralize_weight',
     'exponential_share',
-    'fit_gradient',
     'group_coefficients',
     'group_statistics',
     'is_functorch',

@@ -154,8 +154,6 @@ class AveragedGradientCoefficients(BatchChannelCoefficients):
                 torch.addcmul(scale * grad_scale, grad_var, var, value=2),
                 mean,
                 var,
-                running_mean=self.running_mean,
-                running_var=self.running_var,
                 eps=self.eps,
                 length=self.length,
                 average=self.average,
@@ -216,7 +214,7 @@ class _AveragedEstimates(torch.autograd.Function):
                 'grad_averaging=None'
             )
         mean, var, running_mean, running_var = ctx.saved_tensors
-        # As functions of the mean: it is x - mu that is divided by sigma.
+        # Sums of g and of g * (x - mu), for it is (x - mu) / sigma.
         grad_mean = -grad_running_mean
         total = -2 * (running_var + ctx.settings['eps']) * grad_running_var
         to_mean, to_var = subtract_fit(
@@ -224,8 +222,6 @@ class _AveragedEstimates(torch.autograd.Function):
             total - (mean - running_mean) * grad_mean,
             mean,
             var,
-            running_mean=running_mean,
-            running_var=running_var,
             **ctx.settings,
         )
         return to_mean, to_var, None, None, None, None, None

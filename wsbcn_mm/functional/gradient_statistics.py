@@ -1,21 +1,21 @@
 r"""Averaged statistics of the backward pass: pure functions of small tensors.
 
 Batch Normalization's gradient has no part along a shift or a scaling of a
-whole channel over its batch. With :math:`\hat x = (x - \mu) / \sigma`,
-:math:`\sigma^2` including eps, and :math:`h = \partial L / \partial \hat x`,
-it is
+whole channel over its batch. With g the gradient that constants in the place
+of the statistics would give, it is
 
 .. math::
-    \frac{\partial L}{\partial x} = \frac{h - \alpha - \beta \hat x}{\sigma}
+    \frac{\partial L}{\partial x} = g - \alpha - \beta x, \qquad
+    \beta = \frac{\mathrm{cov}(g, x)}{\mathrm{var}(x) + \epsilon}, \qquad
+    \alpha = \mathrm{mean}(g) - \beta\, \mathrm{mean}(x)
 
-where :math:`\alpha, \beta` are the least-squares fit of h on 1 and
-:math:`\hat x` over the batch. A normalizer with estimates of :math:`\mu` and
-:math:`\sigma` can take the same gradient, with the fit over the images that it
-saw lately.
+over the batch: the residual of a least-squares fit of g on 1 and x, of which
+:math:`\epsilon` is the ridge. A normalizer with estimates can take the same
+gradient, with the fit over the images that it saw lately.
 
-The fit needs four statistics of each channel, here in this order, in a tensor
-of shape (..., 4, C): the mean and the variance of :math:`\hat x`, the mean of
-h, and the covariance of both.
+That needs four statistics of each channel, here in this order in a tensor of
+shape (..., 4, C): the mean and the variance of x, the mean of g, and the
+covariance of both.
 """
 
 from typing import Callable, Tuple
@@ -31,14 +31,14 @@ Average = Callable[[Tensor], Tensor]
 def pool_statistics(statistics: Tensor, share: Tensor) -> Tensor:
     r"""Statistics of a union, from those of its parts.
 
-    With :math:`w_i` the share of part i, means a and H, variances v and
-    covariances c,
+    With :math:`w_i` the share of part i, and the means m and g, the variance
+    v and the covariance c of each,
 
     .. math::
-        A = \sum_i w_i a_i, \quad
-        V = \sum_i w_i (v_i + (a_i - A)^2), \quad
-        H = \sum_i w_i h_i, \quad
-        C = \sum_i w_i (c_i + (a_i - A) h_i)
+        M = \sum_i w_i m_i, \quad
+        V = \sum_i w_i (v_i + (m_i - M)^2), \quad
+        G = \sum_i w_i g_i, \quad
+        C = \sum_i w_i (c_i + (m_i - M) g_i)
 
     Squares are taken about the mean: the difference of two averages would
     lose its digits where a mean is large.
@@ -67,8 +67,8 @@ def join_statistics(first: Tensor, second: Tensor, share) -> Tensor:
     r"""Statistics of two parts together: :func:`pool_statistics` of them.
 
     .. math::
-        V = w v_1 + (1 - w) v_2 + w (1 - w) (a_1 - a_2)^2, \qquad
-        C = w c_1 + (1 - w) c_2 + w (1 - w) (a_1 - a_2) (h_1 - h_2)
+        V &= w v_1 + (1 - w) v_2 + w (1 - w) (m_1 - m_2)^2 \\
+        C &= w c_1 + (1 - w) c_2 + w (1 - w) (m_1 - m_2) (g_1 - g_2)
 
     Args:
         first, second (Tensor): Of each part, shape (4, C).
@@ -82,61 +82,29 @@ def join_statistics(first: Tensor, second: Tensor, share) -> Tensor:
     return joined
 
 
-def fit_gradient(statistics: Tensor, ridge: Tensor) -> Tuple[Tensor, Tensor]:
-    r"""The least-squares fit of the gradient on 1 and the input.
-
-    .. math::
-        \beta = \frac{\mathrm{cov}(h, \hat x)}
-                     {\mathrm{var}(\hat x) + \epsilon / \sigma^2}, \qquad
-        \alpha = \mathrm{mean}(h) - \beta\, \mathrm{mean}(\hat x)
-
-    The ridge :math:`\epsilon / \sigma^2` is what eps is in Batch
-    Normalization: with :math:`\sigma^2` the variance of the batch plus eps,
-    the denominator is 1. It bounds :math:`\beta` for a channel that hardly
-    varies as well; a constant one has a covariance of 0.
-
-    Args:
-        statistics (Tensor): Shape (4, C).
-        ridge (Tensor): :math:`\epsilon / \sigma^2`, shape (C,).
-
-    Returns:
-        tuple[Tensor]: :math:`\alpha, \beta`, shape (C,).
-    """
-    mean, var, grad, cov = statistics.unbind()
-    # Of eps=0 and a constant channel: 0 / 0.
-    beta = cov / (var + ridge).clamp(min=torch.finfo(var.dtype).tiny)
-    return grad - beta * mean, beta
-
-
 def subtract_fit(
     grad_mean: Tensor,
     grad_cov: Tensor,
     mean: Tensor,
     var: Tensor,
     *,
-    running_mean: Tensor,
-    running_var: Tensor,
     eps: float,
     length: int,
     average: Average,
 ) -> Tuple[Tensor, Tensor]:
     r"""What the fit adds to the gradients of an image's moments.
 
-    A gradient of x is the same as one of its moments m and v where it is a
-    linear function of x. That of the fit, with L positions, is
+    A gradient that is linear in x is one of the moments m and v. With L
+    positions, that of the fit, :math:`-\alpha - \beta x`, is
 
     .. math::
-        \Delta \bar m = -\frac L\sigma
-            \left(\alpha + \beta \frac{m - \mu}\sigma\right), \qquad
-        \Delta \bar v = -\frac{L \beta}{2 \sigma^2}
+        \Delta \bar m = -L (\alpha + \beta m), \qquad
+        \Delta \bar v = -\frac{L \beta}{2}
 
     Args:
-        grad_mean (Tensor): The sum of :math:`\partial L / \partial x` over the
-            positions of each image and channel, shape (N, C).
-        grad_cov (Tensor): The sum of :math:`(x - m)\, \partial L / \partial
-            x`, shape (N, C).
+        grad_mean (Tensor): The sum of g over the positions, shape (N, C).
+        grad_cov (Tensor): The sum of :math:`g (x - m)`, shape (N, C).
         mean, var (Tensor): The moments m and v, shape (N, C).
-        running_mean, running_var (Tensor): The estimates, shape (C,).
         eps (float): Added to the variance.
         length (int): Positions of an image, L.
         average (Callable): From the statistics of the images, shape
@@ -145,22 +113,13 @@ def subtract_fit(
     Returns:
         tuple[Tensor]: :math:`\Delta \bar m, \Delta \bar v`, shape (N, C).
     """
-    inverse_var = 1 / (running_var + eps)
-    inverse_std = inverse_var.sqrt()
-    normalized_mean = (mean - running_mean) * inverse_std
-    statistics = torch.stack(
-        [
-            normalized_mean,
-            var * inverse_var,
-            grad_mean / (inverse_std * length),
-            grad_cov / length,
-        ],
-        dim=1,
-    )
-    alpha, beta = fit_gradient(average(statistics), eps * inverse_var)
-    per_mean = torch.addcmul(alpha, beta, normalized_mean) * inverse_std
-    per_var = (beta * inverse_var).expand_as(var)
-    return per_mean * -length, per_var * (-length / 2)
+    statistics = torch.stack([mean, var, grad_mean, grad_cov], 1)
+    statistics[:, 2:].div_(length)
+    mean_of_all, var_of_all, grad, cov = average(statistics).unbind()
+    # A constant channel has a covariance of 0, and without eps 0 / 0.
+    beta = cov / (var_of_all + max(eps, torch.finfo(var.dtype).tiny))
+    fit = torch.addcmul(grad, beta, mean - mean_of_all)
+    return fit * -length, (beta * (-length / 2)).expand_as(var)
 
 
 def is_in_window(images: Tensor, window: int, present) -> Tensor:

@@ -203,15 +203,17 @@ class GradientAverage:
             return
         if not torch.compiler.is_compiling():
             self._has_moved = True
-        layer = self._layer
-        images = layer.grad_images
-        good = (present.sum() * 0 == 0) & (self._batch.num_positions > 0)
-        slot = images.argmin()
+        layer, batch = self._layer, self._batch
         kept = present if layer.averages_window else joined
         if layer.loss_scale is not None:
             kept = _scaled(kept, 1 / layer.loss_scale)
+        good = kept.sum() * 0 == 0  # neither infinite nor NaN
+        if not self.is_local:
+            good = good & batch.is_filled
+        images = layer.grad_images
+        slot = images.argmin()
+        total = images.max() + batch.num_samples
         store(layer.grad_statistics, slot, kept, good)
-        total = images.max() + self._batch.num_samples
         store(images, slot, total, good)
 
 

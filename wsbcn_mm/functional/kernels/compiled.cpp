@@ -237,12 +237,10 @@ struct Group {
     present.resize(size);
     for (int64_t k = 0; k < size; ++k) {
       const int64_t i = sample * channels + first + k;
-      const double sigma = std(first + k);
+      const double scale = gamma(k) * q * a[k];
       const Statistics image{
-          moved(sample, k) / sigma, var[i] / (sigma * sigma),
-          sigma * grad_mean[i] / length,
-          (gamma(k) * q * a[k] * grad_scale[i] + 2.0 * grad_var[i] * var[i]) /
-              length};
+          mean[i], var[i], static_cast<double>(grad_mean[i]) / length,
+          (scale * grad_scale[i] + 2.0 * grad_var[i] * var[i]) / length};
       present[k] =
           sample ? pooled(image, 1.0 / (sample + 1), present[k]) : image;
     }
@@ -267,16 +265,12 @@ struct Group {
       };
       write(history.present, present[k]);
       write(history.joined, all);
-      const double sigma = std(c), sigma2 = sigma * sigma;
-      const double beta =
-          all.cov / std::max(all.var + eps / sigma2,
-                             std::numeric_limits<double>::min());
-      const double alpha = all.grad - beta * all.mean;
+      const double tiny = std::numeric_limits<float>::min();
+      const double beta = all.cov / (all.var + std::max(eps, tiny));
       for (int64_t n = 0; n < samples; ++n) {
         const int64_t i = n * channels + c;
-        grad_mean[i] -=
-            length / sigma * (alpha + beta * moved(n, k) / sigma);
-        grad_var[i] -= length * beta / (2 * sigma2);
+        grad_mean[i] -= length * (all.grad + beta * (mean[i] - all.mean));
+        grad_var[i] -= length * beta / 2;
       }
     }
   }
