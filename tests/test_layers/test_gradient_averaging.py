@@ -10,7 +10,7 @@ from mmengine.model import ExponentialMovingAverage
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wsbcn_mm import BCN, SyncBCN, fold_for_inference
+from wsbcn_mm import BCN, SyncBCN, fold_for_inference, set_loss_scale
 from wsbcn_mm.functional import kernels
 from wsbcn_mm.functional.kernels import compiled
 
@@ -476,12 +476,22 @@ def test_averages_are_of_one_loss_scale(grad_averaging, as_tensor):
     norm, other = make(grad_averaging), make(grad_averaging)
     other.load_state_dict(norm.state_dict())
     for scale in (2.0**16, 2.0**12, 2.0**13, 1.0):
-        norm.loss_scale = torch.tensor(scale) if as_tensor else scale
+        set_loss_scale(norm, torch.tensor(scale) if as_tensor else scale)
         x, grad = images(), images()
         got = step(norm, x, grad * scale)
         for a, b in zip(got[1:], step(other, x, grad)[1:]):
             close(a / scale, b)
     same_averages(norm, other)
+
+
+def test_float16_without_a_loss_scale_is_warned_of():
+    norm, x = make(4, dtype=torch.float32), images().half()
+    with pytest.warns(UserWarning, match='LossScaleHook.*set_loss_scale'):
+        norm(x)
+    set_loss_scale(nn.Sequential(norm), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        norm(x)
 
 
 def test_a_large_mean_keeps_its_digits():

@@ -45,6 +45,21 @@ class BCN(GradientAveraging, RunningStatistics, NormBase):
     variance in training, and running averages in evaluation, as in
     :class:`torch.nn.BatchNorm2d`.
 
+    With ``grad_averaging`` the gradient through estimates is Batch
+    Normalization's, over the images that the layer saw lately. With g the
+    gradient that constant estimates would give,
+
+    .. math::
+        \frac{\partial L}{\partial x} = g - \alpha - \beta x, \qquad
+        \beta = \frac{\mathrm{cov}(g, x)}{\mathrm{var}(x) + \epsilon},
+        \qquad \alpha = \mathrm{mean}(g) - \beta\, \mathrm{mean}(x)
+
+    where mean, variance and covariance of a channel are over the last images
+    and the present ones. So the gradient has no part along a shift or a
+    scaling of the channel in these images, however far behind the estimates
+    are. With the images of a batch, and estimates equal to its statistics,
+    it is the gradient of ``estimate=False``.
+
     From `Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization <https://arxiv.org/abs/1903.10520>`_. Use it with
     :class:`ConvWS`. Not to be confused with the layer of the same name in
@@ -79,12 +94,22 @@ class BCN(GradientAveraging, RunningStatistics, NormBase):
             rate r does in 1 / r forwards. ``micro_batch_model`` and
             ``convert_to_micro_batch`` choose it along with the rate. Loaded
             estimates go on where they were. Default: False
+        grad_averaging (int | float | None): Which images the gradient through
+            the estimates is over, in training mode with ``estimate=True``. An
+            int K: the last K. A float q between 0 and 1: all of them,
+            averaged exponentially at the rate q of an image. Default: None,
+            for estimates that are constants
 
     Attributes:
         weight, bias (Parameter): :math:`\gamma, \beta`, the output affine.
         batch_weight, batch_bias (Parameter): :math:`\gamma^b, \beta^b`.
         running_mean, running_var (Tensor): :math:`\mu, \sigma^2`.
         num_batches_tracked (Tensor): Number of training forwards.
+        grad_statistics (Tensor): What ``grad_averaging`` remembers: mean and
+            variance of x, mean of g and covariance, of the last calls, shape
+            (K - 1, 4, C), or of all, shape (1, 4, C).
+        grad_images (Tensor): How many images had come after each call.
+        loss_scale (float | Tensor | None): See :func:`set_loss_scale`.
 
     Shape:
         - Input: :math:`(N, C, *)`, 3 to 5 dimensions; float64, float32,
@@ -96,6 +121,15 @@ class BCN(GradientAveraging, RunningStatistics, NormBase):
             number of channels or of dimensions, or in training with
             ``estimate=False`` if a channel has a single value over the batch.
         TypeError: If an argument or the input is of another type.
+        RuntimeError: With ``grad_averaging``, for a gradient of a gradient
+            or a ``torch.func`` transform in training mode.
+
+    .. note::
+        ``grad_averaging`` takes calls in the order of their backward passes,
+        and every call counts the same, of however many images. A call with an
+        infinite or NaN gradient leaves nothing behind, nor does one without
+        images or without a backward pass. The forward of activation
+        checkpointing that is done again is no call of its own.
 
     Example:
         >>> norm = BCN(64, momentum=0.01 / 16, momentum_annealing=True)
@@ -265,8 +299,12 @@ class BCN(GradientAveraging, RunningStatistics, NormBase):
             f'eps={self.eps}, momentum={self.momentum}, '
             f'estimate={self.estimate}, '
             f'channel_affine={self.channel_affine!r}, '
-            f'momentum_annealing={self.momentum_annealing}, '
-            f'grad_averaging={self.grad_averaging}'
+            f'momentum_annealing={self.momentum_annealing}'
+            + (
+                f', grad_averaging={self.grad_averaging}'
+                if self.grad_averaging is not None
+                else ''
+            )
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

@@ -1,10 +1,11 @@
 """Averages of the backward pass, as buffers."""
 
 import numbers
+import warnings
 from typing import Optional, Tuple, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import (
     exponential_share,
@@ -14,6 +15,14 @@ from ..functional import (
     pool_statistics,
 )
 from .batch import Batch
+
+FLOAT16 = (
+    'BCN with grad_averaging remembers gradients of the last images, and in '
+    'float16 the scale of the loss may change between them. If it does, add '
+    "custom_hooks=[dict(type='LossScaleHook')] to the config, or call "
+    'wsbcn_mm.set_loss_scale(model, scaler.get_scale()) before each backward '
+    'pass; else call it once with 1.'
+)
 
 
 def check_grad_averaging(layer: str, value) -> Union[int, float, None]:
@@ -55,7 +64,47 @@ def store(buffer: Tensor, slot: Tensor, value: Tensor, good: Tensor) -> None:
     buffer.index_copy_(0, slot, torch.where(good, value, old))
 
 
-class GradientAveraging:
+def set_loss_scale(model: nn.Module, scale) -> None:
+    """Say what the loss is multiplied by: before each backward pass.
+
+    :class:`MABN`, and :class:`BCN` with ``grad_averaging``, remember
+    gradients of the last batches. Where dynamic loss scaling (float16)
+    changes the scale, those are otherwise off by the factor of the change
+    until they are gone. :class:`LossScaleHook` calls this for MMEngine.
+
+    Args:
+        model (nn.Module): The model that has such layers.
+        scale (float | Tensor): The scale, as ``GradScaler.get_scale()``.
+
+    Example:
+        >>> import torch
+        >>> scaler = torch.amp.GradScaler('cpu')
+        >>> set_loss_scale(BCN(8, 4, grad_averaging=16), scaler.get_scale())
+    """
+    for module in model.modules():
+        if isinstance(module, RemembersGradients):
+            module.loss_scale = scale
+
+
+class RemembersGradients:
+    """Mixin for a layer with averages of gradients, free of the loss scale.
+
+    Attributes:
+        loss_scale (float | Tensor | None): See :func:`set_loss_scale`.
+    """
+
+    loss_scale = None
+
+    def scaled(self, grad: Tensor) -> Tensor:
+        """What is remembered, at the scale of the present loss."""
+        return grad if self.loss_scale is None else grad * self.loss_scale
+
+    def unscaled(self, grad: Tensor) -> Tensor:
+        """What is to be remembered of a gradient."""
+        return grad if self.loss_scale is None else grad / self.loss_scale
+
+
+class GradientAveraging(RemembersGradients):
     """Mixin for a layer with averaged statistics of the backward pass.
 
     Attributes:
@@ -65,13 +114,9 @@ class GradientAveraging:
             4, C), or an exponential average, shape (1, 4, C).
         grad_images (Tensor): How many images the layer had seen after each
             of these calls, 0 where there was none.
-        loss_scale (float | Tensor | None): What the loss is multiplied by, to
-            be set before a backward pass where it changes, so that averages
-            are of one scale. Default: None, for the same one always.
     """
 
     grad_averaging = None
-    loss_scale = None
 
     def _register_grad_statistics(
         self, grad_averaging, size: int, device=None, dtype=None
@@ -117,6 +162,12 @@ class GradientAveraging:
                 'averages that move in the backward pass; set '
                 'grad_averaging=None'
             )
+        if (
+            x.dtype == torch.float16
+            and self.loss_scale is None
+            and not torch.compiler.is_compiling()
+        ):
+            warnings.warn(FLOAT16, stacklevel=3)
         return GradientAverage(self, batch)
 
     def _fit_grad_statistics(self, state_dict, prefix: str) -> None:
@@ -170,7 +221,7 @@ class GradientAverage:
         """The statistics of the calls before, and their share in all."""
         if self._history is not None:  # whose gradient was subtracted
             statistics, share = self._history
-            return _scaled(statistics, 0), share
+            return torch.cat([statistics[:2], 0 * statistics[2:]]), share
         layer, present = self._layer, self._batch.num_samples
         statistics = layer.grad_statistics.to(dtype)
         if layer.averages_window:
@@ -187,7 +238,8 @@ class GradientAverage:
             share = exponential_share(images, layer.grad_averaging, present)
             statistics, share = statistics[0].clone(), share.to(dtype)
         if layer.loss_scale is not None:
-            statistics = _scaled(statistics, layer.loss_scale)
+            parts = statistics[:2], layer.scaled(statistics[2:])
+            statistics = torch.cat(parts)
         if not torch.compiler.is_compiling():
             self._history = statistics, share
         return statistics, share
@@ -206,7 +258,7 @@ class GradientAverage:
         layer, batch = self._layer, self._batch
         kept = present if layer.averages_window else joined
         if layer.loss_scale is not None:
-            kept = _scaled(kept, 1 / layer.loss_scale)
+            kept = torch.cat([kept[:2], layer.unscaled(kept[2:])])
         good = kept.sum() * 0 == 0  # neither infinite nor NaN
         if not self.is_local:
             good = good & batch.is_filled
@@ -215,8 +267,3 @@ class GradientAverage:
         total = images.max() + batch.num_samples
         store(layer.grad_statistics, slot, kept, good)
         store(images, slot, total, good)
-
-
-def _scaled(statistics: Tensor, factor) -> Tensor:
-    """The statistics of a gradient times a factor."""
-    return torch.cat([statistics[:2], statistics[2:] * factor])
