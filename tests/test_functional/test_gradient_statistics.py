@@ -17,6 +17,7 @@ from wsbcn_mm.functional import (
     subtract_fit,
 )
 from wsbcn_mm.functional.kernels import compiled
+from wsbcn_mm.functional.kernels.parity import Average
 from wsbcn_mm.functional.vjp import autograd_vjp
 
 F64 = torch.float64
@@ -252,29 +253,6 @@ def test_a_gradient_of_a_gradient_is_refused():
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
-class History:
-    """A share of calls before, as a layer has it."""
-
-    is_local = True
-
-    def __init__(self, statistics, share):
-        self.statistics, self.share = statistics, torch.tensor(share)
-        self.updates = []
-
-    def history(self, dtype):
-        return self.statistics.to(dtype), self.share.to(dtype)
-
-    def update(self, present, joined):
-        self.updates.append((present, joined))
-
-    def __call__(self, statistics):
-        present = same_for_all(statistics)
-        statistics, share = self.history(present.dtype)
-        joined = join_statistics(statistics, present, share)
-        self.update(present, joined)
-        return joined
-
-
 @pytest.mark.skipif(not compiled.is_built, reason='no C++ compiler')
 @pytest.mark.parametrize('share', [0.0, 0.3])
 @pytest.mark.parametrize('affine', ['group', 'channel'])
@@ -288,7 +266,7 @@ def test_compiled_kernels_fit_as_the_definition_does(shape, affine, share):
     history = torch.rand(4, 6, dtype=F64)
     results = []
     for backend, dtype in ((compiled, torch.float32), (kernels.plain, F64)):
-        average = History(history, share)
+        average = Average(history, share)
         coefficients = AveragedGradientCoefficients(
             running_mean.to(dtype),
             running_var.to(dtype),
@@ -305,9 +283,9 @@ def test_compiled_kernels_fit_as_the_definition_does(shape, affine, share):
                 *leaves[1:],
             )
             y.backward(grad.to(dtype))
-        assert len(average.updates) == 1
+        assert len(average.updates) == 2
         results.append(
-            [t.double() for t in (*average.updates[0], leaves[0].grad)]
+            [t.double() for t in (*average.updates, leaves[0].grad)]
             + [t.grad.double() for t in leaves[1:]]
         )
     for got, expected in zip(*results):
@@ -319,7 +297,7 @@ def test_compiled_kernels_fit_as_the_definition_does(shape, affine, share):
 def test_compiled_kernels_keep_what_overflows_in_its_channel():
     x, grad = torch.randn(2, 2, 6, 40)
     grad[0, 1, 3] = float('nan')
-    average = History(torch.rand(4, 6), 0.5)
+    average = Average(torch.rand(4, 6, dtype=F64), 0.5)
     coefficients = AveragedGradientCoefficients(
         torch.zeros(6), torch.ones(6), 6, 1e-5, average, 40
     )
@@ -328,7 +306,7 @@ def test_compiled_kernels_keep_what_overflows_in_its_channel():
         x.requires_grad_()
         normalize(x, *moments(x), coefficients, *parameters).backward(grad)
     finite = torch.tensor([True, False, True, True, True, True])
-    for t in (*(u for u in average.updates[0]), x.grad.sum((0, 2))[None]):
+    for t in (*average.updates, x.grad.sum((0, 2))[None]):
         close(t.isfinite()[-1], finite, 0)
 
 

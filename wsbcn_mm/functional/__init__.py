@@ -21,6 +21,7 @@ from .estimates import rate_of_forward, updated_estimates
 from .gradient_statistics import (
     Average,
     exponential_share,
+    fitted,
     is_in_window,
     join_statistics,
     pool_statistics,
@@ -43,6 +44,7 @@ __all__ = [
     'batch_statistics',
     'centralize_weight',
     'exponential_share',
+    'fitted',
     'group_coefficients',
     'group_statistics',
     'is_functorch',

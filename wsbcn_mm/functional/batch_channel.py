@@ -15,7 +15,7 @@ from .coefficients import (
     large_batch_channel_coefficients,
 )
 from .engine import differentiable_backward, wants_graph
-from .gradient_statistics import Average, subtract_fit
+from .gradient_statistics import Average, fitted, subtract_fit
 from .transforms import is_transformed
 from .vjp import vjp_of
 
@@ -128,9 +128,7 @@ class AveragedGradientCoefficients(BatchChannelCoefficients):
             var,
             constants.pop('running_mean'),
             constants.pop('running_var'),
-            self.eps,
-            self.length,
-            self.average,
+            self._fit(),
         )
         return batch_channel_coefficients(
             mean,
@@ -145,22 +143,8 @@ class AveragedGradientCoefficients(BatchChannelCoefficients):
         self, mean: Tensor, var: Tensor, *parameters: Tensor
     ) -> kernels.Gradient:
         """``scale``, ``shift``, and from their gradients those of the rest."""
-        scale, shift, of_the_rest = super().vjp(mean, var, *parameters)
-
-        def pull_back(grad_scale: Tensor, grad_shift: Tensor):
-            grad_mean, grad_var, *grads = of_the_rest(grad_scale, grad_shift)
-            to_mean, to_var = subtract_fit(
-                grad_mean,
-                torch.addcmul(scale * grad_scale, grad_var, var, value=2),
-                mean,
-                var,
-                eps=self.eps,
-                length=self.length,
-                average=self.average,
-            )
-            return grad_mean + to_mean, grad_var + to_var, *grads
-
-        return scale, shift, pull_back
+        scale, shift, pull_back = super().vjp(mean, var, *parameters)
+        return scale, shift, fitted(pull_back, scale, mean, var, **self._fit())
 
     def backward(
         self,
@@ -191,16 +175,17 @@ class AveragedGradientCoefficients(BatchChannelCoefficients):
             **self._constants(),
         )
 
+    def _fit(self) -> dict:
+        return dict(eps=self.eps, length=self.length, average=self.average)
+
 
 class _AveragedEstimates(torch.autograd.Function):
     """Estimates for every image, with a gradient to its moments."""
 
     @staticmethod
-    def forward(
-        ctx, mean, var, running_mean, running_var, eps, length, average
-    ):
+    def forward(ctx, mean, var, running_mean, running_var, settings):
         ctx.save_for_backward(mean, var, running_mean, running_var)
-        ctx.settings = dict(eps=eps, length=length, average=average)
+        ctx.settings = settings
         return tuple(
             t.expand_as(mean).clone() for t in (running_mean, running_var)
         )
@@ -224,7 +209,7 @@ class _AveragedEstimates(torch.autograd.Function):
             var,
             **ctx.settings,
         )
-        return to_mean, to_var, None, None, None, None, None
+        return to_mean, to_var, None, None, None
 
 
 @dataclass(eq=False)

@@ -122,6 +122,28 @@ def subtract_fit(
     return fit * -length, (beta * (-length / 2)).expand_as(var)
 
 
+def fitted(pull_back: Callable, scale: Tensor, mean, var, **settings):
+    """What pulls gradients of coefficients back, with the fit subtracted.
+
+    Args:
+        pull_back (Callable): From the gradients of scale and shift to those
+            of the moments and the parameters, without.
+        scale (Tensor): Of ``(x - mean) * scale + shift``.
+        mean, var (Tensor): The moments, shape (N, C).
+        **settings: Those of :func:`subtract_fit`.
+    """
+
+    def pull_back_fitted(grad_scale: Tensor, grad_shift: Tensor):
+        grad_mean, grad_var, *grads = pull_back(grad_scale, grad_shift)
+        grad_cov = torch.addcmul(scale * grad_scale, grad_var, var, value=2)
+        to_mean, to_var = subtract_fit(
+            grad_mean, grad_cov, mean, var, **settings
+        )
+        return grad_mean + to_mean, grad_var + to_var, *grads
+
+    return pull_back_fitted
+
+
 def is_in_window(images: Tensor, window: int, present) -> Tensor:
     """Which remembered calls are in a window of images, with the present one.
 
