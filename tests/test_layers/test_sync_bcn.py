@@ -241,8 +241,14 @@ def test_without_a_group_it_is_a_bcn():
 
 @pytest.mark.parametrize(
     'norm',
-    [SyncBCN(8), SyncBCN(8, estimate=False), torch_convert(MABN(8, 1, 2))],
-    ids=['micro', 'large', 'mabn'],
+    [
+        SyncBCN(8),
+        SyncBCN(8, grad_averaging=4),
+        SyncBCN(8, grad_averaging=0.3),
+        SyncBCN(8, estimate=False),
+        torch_convert(MABN(8, 1, 2)),
+    ],
+    ids=['micro', 'window', 'exponential', 'large', 'mabn'],
 )
 def test_no_process_has_a_sample(processes, norm):
     before = copy.deepcopy(dict(norm.double().named_buffers()))
@@ -252,6 +258,20 @@ def test_no_process_has_a_sample(processes, norm):
             close(buffer, before[name])
         for grad in result['parameter_grads'][0]:
             close(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize('size', [(0, 8, 4, 3), (1, 8, 0, 3)])
+def test_a_process_without_positions_leaves_averages_to_others(
+    processes, size
+):
+    norm = SyncBCN(8, 4, grad_averaging=4).double()
+    single = BCN(8, 4, grad_averaging=4).double()
+    xs, nothing = batches(2), [torch.zeros(size).double()] * STEPS
+    results = processes.run(run, [norm] * 2, [nothing, xs], [nothing, xs])
+    expected = run(single, xs, xs)
+    close(results[1]['input_grads'], expected['input_grads'])
+    for result in results:
+        close(result['buffers'], expected['buffers'])
 
 
 def test_norm_eval_reaches_a_converted_layer():

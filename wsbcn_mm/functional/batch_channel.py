@@ -378,7 +378,7 @@ class _LearnAndNormalize(torch.autograd.Function):
                 used_var,
                 *constants,
                 ctx.average,
-                math.prod(x.shape[2:]),
+                max(math.prod(x.shape[2:]), 1),
             )
         else:
             coefficients = LargeBatchChannelCoefficients(*constants)

@@ -18,6 +18,7 @@ shape (..., 4, C): the mean and the variance of x, the mean of g, and the
 covariance of both.
 """
 
+import math
 from typing import Callable, Tuple
 
 import torch
@@ -168,9 +169,16 @@ def exponential_share(images, rate: float, present):
         1 - \frac{1 - (1 - q)^n}{1 - (1 - q)^t}
 
     Args:
-        images (int | Tensor): How many images the average is made of.
+        images (int | Tensor): How many images the average is made of, in
+            floating point if a tensor.
         rate (float): The rate q, of an image.
         present (int | Tensor): Images of the present call.
     """
-    kept = 1 - rate
-    return 1 - (1 - kept**present) / (1 - kept ** (images + present))
+    decay = math.log1p(-rate)
+
+    def share(count):  # of so many images in endlessly many
+        if isinstance(count, Tensor):
+            return -torch.expm1(count * decay)
+        return -math.expm1(count * decay)
+
+    return 1 - share(present) / share(images + present)

@@ -273,7 +273,7 @@ class BCN(GradientAveraging, RunningStatistics, NormBase):
             coefficients = micro_batch_coefficients(
                 *(estimates or self._estimates(mean.dtype)),
                 average=self._grad_average(x, batch),
-                length=math.prod(x.shape[2:]),
+                length=max(math.prod(x.shape[2:]), 1),
                 **settings,
             )
         return normalize(x, mean, var, coefficients, *parameters)

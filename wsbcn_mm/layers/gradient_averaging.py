@@ -234,9 +234,9 @@ class GradientAverage:
             )
             share = count / (count + 1)
         else:
-            images = layer.grad_images[0].double()
+            images = layer.grad_images[0].to(dtype)
             share = exponential_share(images, layer.grad_averaging, present)
-            statistics, share = statistics[0].clone(), share.to(dtype)
+            statistics = statistics[0].clone()
         if layer.loss_scale is not None:
             parts = statistics[:2], layer.scaled(statistics[2:])
             statistics = torch.cat(parts)
