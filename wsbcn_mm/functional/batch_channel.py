@@ -102,16 +102,18 @@ class BatchChannelCoefficients:
 
 @dataclass(eq=False)
 class AveragedGradientCoefficients(BatchChannelCoefficients):
-    r"""The same with a gradient through averaged statistics.
+    """Micro-batch coefficients with Batch Normalization's gradient.
 
-    In the backward pass the estimates are no constants, but such statistics
-    of the last images as :mod:`wsbcn_mm.functional.gradient_statistics` fits
-    the gradient to.
+    The forward pass is that of :class:`BatchChannelCoefficients`. The
+    backward pass subtracts a fit to the last images from the gradient of the
+    input: see :mod:`wsbcn_mm.functional.gradient_statistics`.
 
     Args:
-        average (Callable): From the statistics of a call's images, shape
-            (N, 4, C), to those to fit to, shape (4, C). Where it has a method
-            ``history``, a kernel may do the rest.
+        average (Callable): Called in the backward pass with the statistics of
+            the call's images, shape (N, 4, C). Returns the statistics of all
+            images to fit to, shape (4, C). Kernels that fit by themselves use
+            its methods ``history`` and ``update`` instead, where its
+            attribute ``is_local`` is True.
         length (int): Positions of an image.
     """
 
@@ -194,9 +196,8 @@ class _AveragedEstimates(torch.autograd.Function):
     def backward(ctx, grad_running_mean, grad_running_var):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                'a gradient of a gradient (create_graph=True) is asked for, '
-                'which averaged statistics of the gradient do not have: set '
-                'grad_averaging=None'
+                'BCN with grad_averaging has no gradient of its gradient '
+                '(create_graph=True): set grad_averaging=None'
             )
         mean, var, running_mean, running_var = ctx.saved_tensors
         # Sums of g and of g * (x - mu), for it is (x - mu) / sigma.

@@ -190,9 +190,10 @@ class GradientAverage:
     """A layer's averages, for the backward pass of one call.
 
     Calling it is :data:`wsbcn_mm.functional.Average`. The first backward pass
-    of the call moves the averages. What the last calls left is taken out of
-    the gradient then: another backward pass of the call, as after
-    ``retain_graph=True``, adds the share of its own gradient alone.
+    of the call moves the averages. A second one, after ``retain_graph=True``,
+    does not, and fits to its own gradient alone, since the first has already
+    subtracted the part of the calls before. So the gradients of several
+    losses add up to that of their sum.
 
     Args:
         layer (GradientAveraging): The layer.
