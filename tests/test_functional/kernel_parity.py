@@ -87,6 +87,7 @@ def check_layer(name):
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 4e-2)):
         _check_layer(name, dtype, tolerance, 7, momentum=0.1)
         _check_layer(name, dtype, tolerance, 7, momentum=0.1, estimate=False)
+        _check_layer(name, dtype, tolerance, 7, momentum=0.1, grad_averaging=5)
     # Where a fourth sample, of zeros, would be divided by zero.
     _check_layer(name, torch.float32, 1e-3, 33, momentum=0.0, eps=0.0)
 

@@ -81,6 +81,9 @@ def variants(device, shape):
     for name, layer in LAYERS.items():
         yield name, layer(channels).to(device), nullcontext
     yield 'BCN', BCN(channels).to(device), nullcontext
+    for averaging in (0.05, 16):
+        layer = BCN(channels, grad_averaging=averaging).to(device)
+        yield f'BCN, grad_averaging={averaging}', layer, nullcontext
     for backend in BACKENDS[device]:
         module = importlib.import_module(
             f'wsbcn_mm.functional.kernels.{backend}'

@@ -63,6 +63,7 @@ DEFAULTS = dict(
     num_groups=4,
     update_rate=None,
     channel_affine='group',
+    grad_averaging=None,
     head_method=None,
     image_pool=None,
     separable_ws=False,
@@ -188,6 +189,7 @@ def build_model(model_cfg: dict, settings: dict) -> dict:
             num_groups=settings['num_groups'],
             update_rate=settings['update_rate'],
             channel_affine=settings['channel_affine'],
+            grad_averaging=settings['grad_averaging'],
         )
         model_cfg = micro_batch_model(
             model_cfg,
