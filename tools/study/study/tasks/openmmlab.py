@@ -274,7 +274,7 @@ def _pool_with_group_norm(head: nn.Module) -> None:
     """Give the image pooling of DeepLab, which no config reaches, a GN."""
     convolution = head.image_pool[1]
     norm = convolution.norm
-    group_norm = nn.GroupNorm(norm.num_groups, norm.num_channels)
+    group_norm = nn.GroupNorm(norm.num_groups, norm.num_features)
     setattr(convolution, convolution.norm_name, group_norm)
 
 
