@@ -18,8 +18,8 @@ def method_cfg(
     """The ``norm_cfg`` and ``conv_cfg`` of a method.
 
     Args:
-        method (str): ``'BN'``, ``'GN'``, ``'BCN'``, ``'BGN'`` or ``'MABN'``,
-            with ``'+WS'``, ``'+WN'``, ``'+CWN'`` or ``'+CenConv'`` for the
+        method (str): ``'BN'``, ``'IN'``, ``'GN'``, ``'BCN'``, ``'BGN'`` or
+            ``'MABN'``, with ``'+WS'``, ``'+WN'``, ``'+CWN'`` or ``'+CenConv'`` for the
             convolutions.
             ``'BCN-large'`` is BCN with the batch's own statistics.
         images (int): Images per normalization batch.
@@ -36,6 +36,7 @@ def method_cfg(
     norms = {
         'BN': dict(type='BN'),
         'BN-frozen': dict(type='BN'),  # by tasks.openmmlab, once pretrained
+        'IN': dict(type='IN', affine=True),
         'GN': dict(type='GN', num_groups=num_groups),
         'BCN': bcn,
         'BCN-large': dict(bcn, estimate=False),
