@@ -1,5 +1,5 @@
-# What fails when BN is trained one image at a time, training or evaluation? Its
-# running averages, population statistics and each test image's own statistics,
+# What fails when BN is trained one image at a time, training or evaluation?
+# Running averages, population statistics and each test image's own statistics,
 # beside Instance Normalization, which has the latter by definition.
 _base_ = './classification.py'
 blocks = [

@@ -19,8 +19,8 @@ def method_cfg(
 
     Args:
         method (str): ``'BN'``, ``'IN'``, ``'GN'``, ``'BCN'``, ``'BGN'`` or
-            ``'MABN'``, with ``'+WS'``, ``'+WN'``, ``'+CWN'`` or ``'+CenConv'`` for the
-            convolutions.
+            ``'MABN'``, with ``'+WS'``, ``'+WN'``, ``'+CWN'`` or
+            ``'+CenConv'`` for the convolutions.
             ``'BCN-large'`` is BCN with the batch's own statistics.
         images (int): Images per normalization batch.
         batch_size (int): Images per optimizer step.
