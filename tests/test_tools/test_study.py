@@ -339,10 +339,9 @@ def test_differences_say_in_words_who_is_ahead(grid, fake_task, tmp_path):
     text = results.differences(found, spec, 'score')
     # Welch's t(0.975, 2) = 4.303 times sqrt(2) * 0.05
     assert (
-        '| A, images 1 | B, images 2 | 2, 2 | -10.00 ± 0.30 | '
-        'B, images 2 is higher |'
+        '| A, images 1 | B, images 2 | 2, 2 | -10.00 ± 0.30 | lower |'
     ) in text
-    assert '| +0.00 ± 0.30 | level: the interval contains 0 |' in text
+    assert '| +0.00 ± 0.30 | not told apart |' in text
     assert results.differences(found, grid.report, 'score') == ''
     spec['compare'] = [[a, dict(method='B')]]
     with pytest.raises(ValueError, match='B names more than one cell'):

@@ -64,10 +64,14 @@ def report(path: str, work_dir: str, out: str) -> str:
         results.conditions(found),
         f'{spec["metric_name"]}, {results.summarized(spec)}:\n',
         results.table(found, spec, spec['metric']),
+        results.differences(found, spec, spec['metric']),
     ]
     for metric, name in spec.get('also', {}).items():
-        parts += [f'{name}:\n', results.table(found, spec, metric)]
-    parts.append(results.differences(found, spec, spec['metric']))
+        parts += [
+            f'{name}:\n',
+            results.table(found, spec, metric),
+            results.differences(found, spec, metric),
+        ]
     parts.append(results.tuning(found, spec, grid))
     text = '\n'.join(part for part in parts if part)
     with open(f'{file}.md', 'w') as f:

@@ -288,9 +288,9 @@ def differences(results: dict, report: dict, metric: str) -> str:
         digits = report.get('digits', 2)
         mean, half = difference(first, second)
         if abs(mean) <= half:
-            verdict = 'level: the interval contains 0'
+            verdict = 'not told apart'
         else:
-            verdict = f'{names[0 if mean > 0 else 1]} is higher'
+            verdict = 'higher' if mean > 0 else 'lower'
         lines.append(
             f'| {names[0]} | {names[1]} | {len(first)}, {len(second)} | '
             f'{mean:+.{digits}f} ± {half:.{digits}f} | {verdict} |'
@@ -298,7 +298,10 @@ def differences(results: dict, report: dict, metric: str) -> str:
     if not lines:
         return ''
     head = [
-        '| | against | seeds | difference of means, 95 % interval | |',
+        "Differences of means, each with its 95 % interval by Welch's t, not "
+        'corrected for their number:',
+        '',
+        '| | minus | seeds | difference | |',
         '| --- | --- | ---: | ---: | --- |',
     ]
     return '\n'.join(head + lines) + '\n'
