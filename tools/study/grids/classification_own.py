@@ -3,7 +3,7 @@
 # beside Instance Normalization, which has the latter by definition.
 _base_ = './classification.py'
 blocks = [
-    dict(method=['BN', 'BN+WS'], images=[1, 2]),
+    dict(method=['BN', 'BN+WS'], images=1),
     dict(method=['IN', 'IN+WS'], images=1),
 ]
 seeds = list(range(5, 15))
