@@ -640,12 +640,32 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
     assert 'Expected more than 1 value per channel' in failed['error']
 
 
-def untrained_model(cell):
+def untrained_config(cell):
     from study.tasks import openmmlab
 
     cell = {**openmmlab.DEFAULTS, **cell}
     cell.update(pretrained=False, split='test', seed=0)
-    return openmmlab.build_config(cell, 'work').model
+    return openmmlab.build_config(cell, 'work')
+
+
+def untrained_model(cell):
+    return untrained_config(cell).model
+
+
+def test_detection_with_clipped_gradients_and_a_longer_window():
+    pytest.importorskip('mmdet')
+    grid = Grid(osp.join(STUDY, 'grids', 'detection_sgd_choices.py'))
+    (window,) = (c for c in grid.cells if c['method'] == 'MABN+CenConv')
+    model = untrained_model({**window, 'lr': 0.02})
+    assert model.backbone.norm_cfg.simulated_batch_size == 32
+    assert model.backbone.norm_cfg.batch_size == 1
+    clipped = {**grid.cells[0], 'lr': 0.02, 'method': 'BN'}
+    assert clipped['clip_grad'] == 10
+    wrapper = untrained_config(clipped).optim_wrapper
+    assert wrapper.clip_grad == dict(max_norm=10)
+    assert wrapper.optimizer.type == 'SGD'
+    clipped['clip_grad'] = None
+    assert 'clip_grad' not in untrained_config(clipped).optim_wrapper
 
 
 def test_heads_of_another_method():
