@@ -1,5 +1,5 @@
-# Averaged statistics of the backward pass (grad_averaging) in classification.py
-# at one image, with and without WS.
+# Averaged statistics of the backward pass (grad_averaging) at one image in
+# classification.py, with and without WS.
 _base_ = './classification.py'
 bcn = dict(method=['BCN', 'BCN+WS'], images=1)
 blocks = [bcn, dict(bcn, grad_averaging=0.05)]
