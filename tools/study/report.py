@@ -67,11 +67,13 @@ def report(path: str, work_dir: str, out: str) -> str:
         results.differences(found, spec, spec['metric']),
     ]
     for metric, name in spec.get('also', {}).items():
-        parts += [
-            f'{name}:\n',
-            results.table(found, spec, metric),
-            results.differences(found, spec, metric),
-        ]
+        table = results.table(found, spec, metric)
+        if table:
+            parts += [
+                f'{name}:\n',
+                table,
+                results.differences(found, spec, metric),
+            ]
     parts.append(results.tuning(found, spec, grid))
     text = '\n'.join(part for part in parts if part)
     with open(f'{file}.md', 'w') as f:

@@ -140,7 +140,7 @@ def row_name(names: List[str], row: tuple) -> str:
 
 
 def table(results: dict, report: dict, metric: str) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown; nothing where no run has the metric."""
     rows = _names(report['rows'])
     cells = by_cell(results, rows, report['columns'])
     columns = sorted({c for row in cells.values() for c in row})
@@ -149,7 +149,7 @@ def table(results: dict, report: dict, metric: str) -> str:
         f'| {title} | ' + ' | '.join(f'{c:g}' for c in columns) + ' |',
         '| --- |' + ' ---: |' * len(columns),
     ]
-    errors = []
+    head, errors = len(lines), []
     for row, found in cells.items():
         texts = []
         for column in columns:
@@ -161,6 +161,8 @@ def table(results: dict, report: dict, metric: str) -> str:
             lines.append(
                 f'| {row_name(rows, row)} | ' + ' | '.join(texts) + ' |'
             )
+    if len(lines) == head:
+        return ''
     lines += [''] + [f'Failed runs said: {error}' for error in errors]
     return '\n'.join(lines).rstrip() + '\n'
 
