@@ -169,6 +169,51 @@ def test_final_cells_take_the_best_rate_of_validation(
     assert len({cell_name(cell) for cell in final}) == len(final)
 
 
+TUNED = """
+task = 'rated'
+blocks = [dict(method='A', groups=dict(best_of=[2, 4]), images=1)]
+seeds = [0, 1]
+tune = dict(lr=[0.3, 0.1], seeds=[7, 8]{tie})
+report = dict(metric='score', rows='method', columns='images')
+"""
+
+
+@pytest.mark.parametrize(
+    'tie, lr, groups', [('', 0.3, 2), (', tie=0.5', 0.1, 4)]
+)
+def test_ties_are_won_by_the_lowest_learning_rate(
+    tmp_path, monkeypatch, tie, lr, groups
+):
+    scores = {(0.3, 2): 9.0, (0.3, 4): 7.0, (0.1, 2): 8.5, (0.1, 4): 8.6}
+    add_task(
+        monkeypatch,
+        'rated',
+        lambda cell: dict(score=scores[cell['lr'], cell['groups']]),
+    )
+    path = tmp_path / 'tuned.py'
+    path.write_text(TUNED.format(tie=tie))
+    grid, store = Grid(str(path)), Store(str(tmp_path / 'cells'))
+    assert grid.tuned == ['groups', 'lr']
+    assert len(grid.tuning_cells()) == 2 * 2 * 2
+    complete(grid, store)
+    final = grid.final_cells(store.records(grid.tuning_cells()))
+    assert [(c['lr'], c['groups'], c['seed']) for c in final] == [
+        (lr, groups, 0),
+        (lr, groups, 1),
+    ]
+    found = results.collect(grid, store)
+    text = results.tuning(found, grid.report, grid)
+    assert '| A, groups 4 | 1 | 7.00 | 8.60 |' in text
+    assert ('within 0.5 of the best' in text) == bool(tie)
+
+
+def test_what_is_tuned_needs_seeds(tmp_path):
+    path = tmp_path / 'untuned.py'
+    path.write_text(TUNED.format(tie='').replace('tune =', 'other ='))
+    with pytest.raises(UsageError, match="best groups .* no 'tune'"):
+        Grid(str(path))
+
+
 def test_a_stopped_grid_loses_no_finished_cell(grid, fake_task, tmp_path):
     store = Store(str(tmp_path / 'cells'))
     complete(grid, store)
@@ -224,7 +269,7 @@ def test_table_shows_intervals_and_failures(grid, fake_task, tmp_path):
     assert '| A | 10.50 ± 6.35 | 20.50 ± 6.35 |' in text
     assert '| C |  | fails |' in text
     assert 'ValueError: C cannot run' in text
-    rates = results.learning_rates(found, grid.report, grid)
+    rates = results.tuning(found, grid.report, grid)
     assert '| C | 2 | 26.90 | 27.00 | 26.90 |' in rates
 
 
@@ -269,6 +314,41 @@ def test_interval_is_students():
     # t(0.975, 2) = 4.3027, standard error 1 / sqrt(3)
     assert summary.mean == 2
     assert summary.half == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+
+
+def test_difference_has_the_interval_of_welch():
+    from scipy.stats import ttest_ind
+
+    mean, half = results.difference([5.0, 6.0, 7.0, 8.0], [1.0, 2.0, 6.0])
+    expected = ttest_ind([5, 6, 7, 8], [1, 2, 6], equal_var=False)
+    low, high = expected.confidence_interval()
+    assert mean == 3.5
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert results.difference([1.0, 1.0], [2.0, 2.0]) == (-1.0, 0.0)
+
+
+def test_differences_say_in_words_who_is_ahead(grid, fake_task, tmp_path):
+    store = Store(str(tmp_path / 'cells'))
+    complete(grid, store)
+    found = results.collect(grid, store)
+    a, b = dict(method='A', images=1), dict(method='B', images=2)
+    spec = dict(grid.report, compare=[[a, b], [a, dict(a, method='B')]])
+    for run in found['runs']:  # 10 apart, seeds within 0.1
+        if 'result' in run:
+            run['result']['score'] -= 0.9 * run['settings']['seed']
+    text = results.differences(found, spec, 'score')
+    # Welch's t(0.975, 2) = 4.303 times sqrt(2) * 0.05
+    assert (
+        '| A, images 1 | B, images 2 | 2, 2 | -10.00 ± 0.30 | lower |'
+    ) in text
+    assert '| +0.00 ± 0.30 | not told apart |' in text
+    assert results.differences(found, grid.report, 'score') == ''
+    spec['compare'] = [[a, dict(method='B')]]
+    with pytest.raises(ValueError, match='B names more than one cell'):
+        results.differences(found, spec, 'score')
+    # A method that fails has no mean to compare.
+    spec['compare'] = [[a, dict(method='C', images=2)]]
+    assert results.differences(found, spec, 'score') == ''
 
 
 def test_grid_file_errors_name_the_problem(tmp_path):
@@ -406,6 +486,33 @@ def test_classification_measures_without_disturbing(tmp_path):
         assert other['test_loss'] == plain['test_loss']
 
 
+def test_bn_of_single_images_is_instance_normalization():
+    """In training, and in evaluation with each image's own statistics."""
+    pytest.importorskip('mmpretrain')
+    from study.scenes import scenes
+    from study.tasks import classification
+
+    cell = dict(SETTINGS, images=1, split='test', steps=2)
+    bn = classification.run(dict(cell, method='BN'))
+    instance = classification.run(dict(cell, method='IN'))
+    assert bn['loss'] == pytest.approx(instance['loss'], rel=1e-4)
+    assert {'accuracy_own', 'accuracy_precise'} <= set(bn)
+    assert not {'accuracy_own', 'accuracy_precise'} & set(instance)
+
+    def loss(method, **kwargs):
+        torch.manual_seed(0)
+        settings = {**classification.DEFAULTS, **cell, 'method': method}
+        model = classification.build_model(settings)
+        nn.init.normal_(model.head.fc.weight)  # initialized near zero
+        normalize_in_micro_batches(model, 1)
+        test = scenes('test', 20, seed=0)
+        return classification.evaluate(model, *test, **kwargs)['test_loss']
+
+    own = loss('BN', own_statistics=1)
+    assert own == pytest.approx(loss('IN'), rel=1e-5)
+    assert own != pytest.approx(loss('BN'), rel=1e-2)
+
+
 def test_a_scheduled_rate_follows_the_learning_rate():
     pytest.importorskip('mmpretrain')
     from study.tasks import classification
@@ -533,12 +640,32 @@ def test_detection_and_segmentation_cells_run(tmp_path, monkeypatch):
     assert 'Expected more than 1 value per channel' in failed['error']
 
 
-def untrained_model(cell):
+def untrained_config(cell):
     from study.tasks import openmmlab
 
     cell = {**openmmlab.DEFAULTS, **cell}
     cell.update(pretrained=False, split='test', seed=0)
-    return openmmlab.build_config(cell, 'work').model
+    return openmmlab.build_config(cell, 'work')
+
+
+def untrained_model(cell):
+    return untrained_config(cell).model
+
+
+def test_detection_with_clipped_gradients_and_a_longer_window():
+    pytest.importorskip('mmdet')
+    grid = Grid(osp.join(STUDY, 'grids', 'detection_sgd_choices.py'))
+    (window,) = (c for c in grid.cells if c['method'] == 'MABN+CenConv')
+    model = untrained_model({**window, 'lr': 0.02})
+    assert model.backbone.norm_cfg.simulated_batch_size == 32
+    assert model.backbone.norm_cfg.batch_size == 1
+    clipped = {**grid.cells[0], 'lr': 0.02, 'method': 'BN'}
+    assert clipped['clip_grad'] == 10
+    wrapper = untrained_config(clipped).optim_wrapper
+    assert wrapper.clip_grad == dict(max_norm=10)
+    assert wrapper.optimizer.type == 'SGD'
+    clipped['clip_grad'] = None
+    assert 'clip_grad' not in untrained_config(clipped).optim_wrapper
 
 
 def test_heads_of_another_method():

@@ -11,6 +11,8 @@ and metric_name what readers call them, metric and also what is shown, digits
 how precisely. each_seed shows seeds instead of means, in the plot median their
 median and dots each of them; everywhere are rows that columns do not change,
 error is 100 - metric, curves what was measured during training, log its axis.
+compare lists pairs of settings, of one cell each, whose difference is told
+with its interval.
 """
 
 import argparse
@@ -62,10 +64,15 @@ def report(path: str, work_dir: str, out: str) -> str:
         results.conditions(found),
         f'{spec["metric_name"]}, {results.summarized(spec)}:\n',
         results.table(found, spec, spec['metric']),
+        results.differences(found, spec, spec['metric']),
     ]
     for metric, name in spec.get('also', {}).items():
-        parts += [f'{name}:\n', results.table(found, spec, metric)]
-    parts.append(results.learning_rates(found, spec, grid))
+        parts += [
+            f'{name}:\n',
+            results.table(found, spec, metric),
+            results.differences(found, spec, metric),
+        ]
+    parts.append(results.tuning(found, spec, grid))
     text = '\n'.join(part for part in parts if part)
     with open(f'{file}.md', 'w') as f:
         f.write(text)

@@ -13,4 +13,15 @@ tune = dict(
     at=dict(update_rate={0.00125: 0.0006}),
 )
 
-report = dict(rows=['method', 'update_rate'])
+bcn = dict(method='BCN+WS', images=1, update_rate=0.0006)
+report = dict(
+    rows=['method', 'update_rate'],
+    compare=[
+        [bcn, dict(method='GN+WS')],
+        [bcn, dict(method='BN-frozen')],
+        [bcn, dict(method='BN', images=1)],
+        [bcn, dict(method='BN', images=2)],
+        [dict(method='BN', images=2), dict(method='GN+WS')],
+        [dict(method='BN', images=2), dict(method='BN-frozen')],
+    ],
+)

@@ -8,3 +8,18 @@ blocks = [
 ]
 seeds = [0, 1, 2, 3, 4]
 tune = dict(lr=[0.6, 1.2], seeds=[100, 101])
+
+slow = dict(method='BCN+WS', images=1, update_rate=0.0006)
+fast = dict(method='BCN+WS', images=1, update_rate=0.00625)
+large = dict(method='BCN-large+WS')
+report = dict(
+    compare=[
+        [slow, dict(method='GN+WS')],
+        [fast, dict(method='GN+WS')],
+        [slow, dict(method='BN')],
+        [large, slow],
+        [large, fast],
+        [large, dict(method='GN+WS')],
+        [large, dict(method='BN')],
+    ],
+)

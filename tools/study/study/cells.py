@@ -28,12 +28,15 @@ class Grid:
     - ``task`` (str): A module of ``study.tasks``.
     - ``common`` (dict): Settings of every cell.
     - ``blocks`` (list[dict]): Settings each; a list as a value asks for a
-      cell for each of its entries, several lists for each combination.
+      cell for each of its entries, several lists for each combination. A
+      value ``dict(best_of=[...])`` is tuned, as the learning rate is.
     - ``seeds`` (list[int]): Each cell is run with each.
     - ``tune`` (dict, optional): ``lr``, the learning rates to try with
-      ``seeds``; each cell takes the best on the validation split. ``at``
-      lets several values of a setting share what one of them found:
-      ``at=dict(images={1: 2})`` tunes at 2 for 1.
+      ``seeds``; each cell takes the best on the validation split. Scores
+      that differ by no more than ``tie`` (default: 0) are a tie, which the
+      lowest learning rate wins. ``at`` lets several values of a setting
+      share what one of them found: ``at=dict(images={1: 2})`` tunes at 2
+      for 1.
     - ``report`` (dict): What tables and plots to make: see ``report.py``.
 
     Args:
@@ -57,27 +60,33 @@ class Grid:
         tune = config.get('tune')  # None where a base's is not wanted
         self.tune = tune.to_dict() if tune else None
         common = config.get('common', {})
+        rates = {'lr': {'best_of': self.tune['lr']}} if self.tune else {}
         self.cells = [
-            {'task': self.task, **common, **cell}
+            {'task': self.task, **common, **rates, **cell}
             for block in config.blocks
-            for cell in _combinations(dict(block))
+            for cell in _combinations(block.to_dict())
         ]
+        # The settings that are tuned, of some cells at least.
+        self.tuned = sorted(
+            {name for cell in self.cells for name in _choices(cell)}
+        )
+        if self.tuned and not self.tune:
+            raise UsageError(
+                f'{path} asks for the best {", ".join(self.tuned)} but has '
+                "no 'tune' that says with which seeds."
+            )
 
     def tuning_cells(self) -> List[dict]:
-        """The trainings that choose the learning rates."""
-        if self.tune is None:
-            return []
+        """Return the trainings that choose the settings that are tuned."""
         cells = {}
         for cell in self.cells:
-            for lr in self.tune['lr']:
-                for seed in self.tune['seeds']:
-                    tuned = {**self._tuned(cell), 'lr': lr, 'seed': seed}
-                    tuned['split'] = 'val'
+            for candidate in self._candidates(cell):
+                for tuned in self._trials(cell, candidate):
                     cells[cell_name(tuned)] = tuned
         return list(cells.values())
 
     def final_cells(self, results: Dict[str, dict]) -> List[dict]:
-        """The trainings that are reported.
+        """Return the trainings that are reported.
 
         Args:
             results (dict): Records of the tuning cells, by name. Cells whose
@@ -85,12 +94,9 @@ class Grid:
         """
         cells = []
         for cell in self.cells:
-            if self.tune is not None:
-                lr = self.best_lr(cell, results)
-                if lr is None:
-                    continue
-                cell = {**cell, 'lr': lr}
-            cells.append(cell)
+            best = self.best(cell, results)
+            if best is not None:
+                cells.append({**cell, **best})
         # Seeds outermost: a run that is stopped leaves whole rows.
         return [
             {**cell, 'seed': seed, 'split': 'test'}
@@ -98,31 +104,64 @@ class Grid:
             for cell in cells
         ]
 
-    def best_lr(self, cell: dict, results: Dict[str, dict]):
-        """The learning rate with the best validation score, if known."""
-        scores = {}
-        for lr in self.tune['lr']:
-            for seed in self.tune['seeds']:
-                tuned = {**self._tuned(cell), 'lr': lr, 'seed': seed}
-                record = results.get(cell_name({**tuned, 'split': 'val'}))
+    def best(self, cell: dict, results: Dict[str, dict]) -> Optional[dict]:
+        """Return the tuned settings with the best validation score.
+
+        Args:
+            cell (dict): One of ``cells``.
+            results (dict): Records of the tuning cells, by name.
+
+        Returns:
+            dict | None: The values chosen for what is tuned; None while a
+            record is missing.
+        """
+        candidates = self._candidates(cell)
+        if candidates == [{}]:
+            return {}
+        scores = []
+        for candidate in candidates:
+            score = 0.0
+            for trial in self._trials(cell, candidate):
+                record = results.get(cell_name(trial))
                 if record is None:
                     return None
-                score = record.get('result', {}).get(self.report['metric'])
+                found = record.get('result', {}).get(self.report['metric'])
                 # A training that failed is worse than any that did not.
-                scores.setdefault(lr, []).append(
-                    float('-inf') if score is None else score
-                )
-        return max(scores, key=lambda lr: sum(scores[lr]))
+                score += float('-inf') if found is None else found
+            scores.append(score / len(self.tune['seeds']))
+        least = max(scores) - self.tune.get('tie', 0)
+        tied = [pair for pair in zip(scores, candidates) if pair[0] >= least]
+        _, best = min(tied, key=lambda pair: (pair[1].get('lr', 0), -pair[0]))
+        return best
 
-    def _tuned(self, cell: dict) -> dict:
-        """The cell that stands for ``cell`` in the tuning."""
+    def _candidates(self, cell: dict) -> List[dict]:
+        """Return the values that are tried for what is tuned of a cell."""
+        return _combinations(_choices(cell))
+
+    def _trials(self, cell: dict, candidate: dict) -> List[dict]:
+        """Return the trainings that tell how good a candidate is."""
+        if not candidate:
+            return []
         stands_for = self.tune.get('at', {})
-        return {
+        tuned = {
             name: stands_for[name].get(value, value)
             if name in stands_for
             else value
             for name, value in cell.items()
         }
+        return [
+            {**tuned, **candidate, 'seed': seed, 'split': 'val'}
+            for seed in self.tune['seeds']
+        ]
+
+
+def _choices(cell: dict) -> dict:
+    """Return the settings of a cell that are tuned, with their candidates."""
+    return {
+        name: value['best_of']
+        for name, value in cell.items()
+        if isinstance(value, dict)
+    }
 
 
 def _combinations(block: dict) -> List[dict]:

@@ -14,13 +14,14 @@ def method_cfg(
     update_rate: Optional[float] = None,
     channel_affine: str = 'group',
     momentum_annealing: bool = True,
+    simulated_batch_size: Optional[int] = None,
 ) -> Tuple[dict, Optional[dict]]:
     """The ``norm_cfg`` and ``conv_cfg`` of a method.
 
     Args:
-        method (str): ``'BN'``, ``'GN'``, ``'BCN'``, ``'BGN'`` or ``'MABN'``,
-            with ``'+WS'``, ``'+WN'``, ``'+CWN'`` or ``'+CenConv'`` for the
-            convolutions.
+        method (str): ``'BN'``, ``'IN'``, ``'GN'``, ``'BCN'``, ``'BGN'`` or
+            ``'MABN'``, with ``'+WS'``, ``'+WN'``, ``'+CWN'`` or
+            ``'+CenConv'`` for the convolutions.
             ``'BCN-large'`` is BCN with the batch's own statistics.
         images (int): Images per normalization batch.
         batch_size (int): Images per optimizer step.
@@ -28,6 +29,8 @@ def method_cfg(
         update_rate (float | None): BCN's r. Default: None, for what the
             package proposes.
         channel_affine (str), momentum_annealing (bool): BCN's.
+        simulated_batch_size (int | None): MABN's window. Default: None, for
+            what the package proposes.
     """
     norm, _, conv = method.partition('+')
     bcn = dict(
@@ -36,6 +39,7 @@ def method_cfg(
     norms = {
         'BN': dict(type='BN'),
         'BN-frozen': dict(type='BN'),  # by tasks.openmmlab, once pretrained
+        'IN': dict(type='IN', affine=True),
         'GN': dict(type='GN', num_groups=num_groups),
         'BCN': bcn,
         'BCN-large': dict(bcn, estimate=False),
@@ -54,6 +58,8 @@ def method_cfg(
             f'There is no method {method!r}: expected one of '
             f'{", ".join(norms)}, alone or with +WS, +WN, +CWN or +CenConv.'
         )
+    if simulated_batch_size is not None:
+        norms['MABN']['simulated_batch_size'] = simulated_batch_size
     norm_cfg = with_rate(norms[norm], images, batch_size)
     if norm in ('BCN', 'BCN-large'):
         if update_rate is not None:

@@ -106,14 +106,13 @@ def score(runs: Sequence[dict], metric: str) -> Score:
     values = [v for v in values if v is not None]
     if not values:
         return Score(None, None, [], error)
-    mean = sum(values) / len(values)
     if len(values) == 1:
-        return Score(mean, None, values, error)
+        return Score(values[0], None, values, error)
     from scipy.stats import t
 
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    half = t.ppf(0.975, len(values) - 1) * math.sqrt(variance / len(values))
-    return Score(mean, float(half), values, error)
+    half = t.ppf(0.975, len(values) - 1)
+    half *= math.sqrt(_variance(values) / len(values))
+    return Score(_mean(values), float(half), values, error)
 
 
 def by_cell(results: dict, rows: List[str], columns: str) -> Dict:
@@ -195,11 +194,12 @@ def _text(summary: Score, seeds: int, report: dict) -> str:
     return text
 
 
-def learning_rates(results: dict, report: dict, grid: Grid) -> str:
-    """The scores that chose the learning rates, as Markdown."""
+def tuning(results: dict, report: dict, grid: Grid) -> str:
+    """Return the scores that chose the tuned settings, as Markdown."""
     if grid.tune is None or not results['tuning']:
         return ''
     rows = _names(report['rows'])
+    rows += [n for n in grid.tuned if n not in (*rows, 'lr')]
     rates = grid.tune['lr']
     found = {}
     for run in results['tuning']:
@@ -224,7 +224,106 @@ def learning_rates(results: dict, report: dict, grid: Grid) -> str:
             + ' | '.join(texts)
             + ' |'
         )
-    return '\n'.join(lines) + '\n'
+    lines.append('')
+    tie = grid.tune.get('tie', 0)
+    if tie:
+        lines.append(
+            f'Scores within {tie:g} of the best are a tie, which the lowest '
+            'learning rate wins.\n'
+        )
+    return '\n'.join(lines)
+
+
+class Difference(NamedTuple):
+    """The difference of two means with half of its 95 % interval.
+
+    Attributes:
+        mean (float): First mean minus second.
+        half (float): By Welch's t for unpaired samples.
+    """
+
+    mean: float
+    half: float
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Return how much higher the mean of ``first`` is.
+
+    The samples are not paired: two trainings with the same seed share the
+    scenes, but their scores do not correlate enough for pairing to tell more.
+    """
+    from scipy.stats import t
+
+    parts = [(_variance(v) / len(v), len(v) - 1) for v in (first, second)]
+    squared = sum(part for part, _ in parts)
+    half = 0.0
+    if squared:  # the degrees of freedom of Welch and Satterthwaite
+        freedom = squared**2 / sum(part**2 / n for part, n in parts)
+        half = float(t.ppf(0.975, freedom)) * math.sqrt(squared)
+    return Difference(_mean(first) - _mean(second), half)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = _mean(values)
+    return sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+
+
+def differences(results: dict, report: dict, metric: str) -> str:
+    """Return the comparisons that ``report['compare']`` asks for.
+
+    It is a list of pairs of settings, each of which names one cell.
+    """
+    pairs = report.get('compare', [])
+    lines = []
+    for pair in pairs:
+        chosen = [_runs_with(results, settings) for settings in pair]
+        first, second = (score(runs, metric).values for runs in chosen)
+        if min(len(first), len(second)) < 2:
+            continue
+        names = [_settings_name(settings) for settings in pair]
+        digits = report.get('digits', 2)
+        mean, half = difference(first, second)
+        if abs(mean) <= half:
+            verdict = 'not told apart'
+        else:
+            verdict = 'higher' if mean > 0 else 'lower'
+        lines.append(
+            f'| {names[0]} | {names[1]} | {len(first)}, {len(second)} | '
+            f'{mean:+.{digits}f} ± {half:.{digits}f} | {verdict} |'
+        )
+    if not lines:
+        return ''
+    head = [
+        "Differences of means, each with its 95 % interval by Welch's t, not "
+        'corrected for their number:',
+        '',
+        '| | minus | seeds | difference | |',
+        '| --- | --- | ---: | ---: | --- |',
+    ]
+    return '\n'.join(head + lines) + '\n'
+
+
+def _runs_with(results: dict, settings: dict) -> List[dict]:
+    runs = [
+        run
+        for run in results['runs']
+        if all(run['settings'].get(k) == v for k, v in settings.items())
+    ]
+    seeds = [run['settings']['seed'] for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f'{_settings_name(settings)} names more than one cell of the '
+            'grid: the comparison needs more settings.'
+        )
+    return runs
+
+
+def _settings_name(settings: dict) -> str:
+    return row_name(list(settings), tuple(settings.values()))
 
 
 def conditions(results: dict) -> str:

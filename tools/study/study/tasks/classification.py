@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from typing import Callable, Optional
+from typing import Callable, List, Optional
 
 import mmpretrain.models  # noqa: F401  registers them
 import torch
@@ -104,11 +104,26 @@ def loss_of(model: nn.Module, images, labels):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images, labels) -> dict:
-    """Accuracy in percent, and loss."""
+def evaluate(
+    model: nn.Module, images, labels, own_statistics: Optional[int] = None
+) -> dict:
+    """Return the accuracy in percent, and the loss.
+
+    Args:
+        model (nn.Module): The classifier, put into evaluation mode.
+        images, labels (Tensor): The scenes.
+        own_statistics (int | None): Let BN normalize so many test images at
+            a time with their own statistics, as it does in training, instead
+            of its running averages. The averages move. Default: None
+    """
     model.eval()
+    size = 500
+    if own_statistics:
+        size -= size % own_statistics  # whole micro-batches
+        for norm in _batch_norms(model):
+            norm.train()
     scores = torch.cat(
-        [model.head(model.extract_feat(x)) for x in images.split(500)]
+        [model.head(model.extract_feat(x)) for x in images.split(size)]
     )
     right = scores.argmax(1) == labels
     return dict(
@@ -117,29 +132,24 @@ def evaluate(model: nn.Module, images, labels) -> dict:
     )
 
 
+def _batch_norms(model: nn.Module) -> List[nn.Module]:
+    return [m for m in model.modules() if type(m) is nn.BatchNorm2d]
+
+
 @torch.no_grad()
-def precise_statistics(model: nn.Module, settings: dict, device) -> bool:
-    """Give BN running statistics over 2,000 training scenes.
+def precise_statistics(model: nn.Module, settings: dict, device) -> None:
+    """Give BN population statistics, measured over 2,000 training scenes.
 
-    What BN loses in evaluation to running averages over few images is not
-    what it loses in training; this tells them apart.
-
-    Returns:
-        bool: Whether there was a BN to be given them.
+    They tell whether running averages fail because they are noisy.
     """
-    norms = [m for m in model.modules() if type(m) is nn.BatchNorm2d]
-    for norm in norms:
+    for norm in _batch_norms(model):
         norm.reset_running_stats()
         norm.momentum = None
         norm.__dict__.pop('forward', None)  # of a large batch, as it comes
-    if norms:
-        images, _ = scenes(
-            'train', 2000, seed=0, variation=settings['variation']
-        )
-        model.train()
-        for part in images.to(device).split(500):
-            model.extract_feat(part)
-    return bool(norms)
+    images, _ = scenes('train', 2000, seed=0, variation=settings['variation'])
+    model.train()
+    for part in images.to(device).split(500):
+        model.extract_feat(part)
 
 
 def _summary(monitor: NormalizationMonitor) -> dict:
@@ -208,9 +218,10 @@ def run(settings: dict, on_step: Optional[Callable] = None) -> dict:
     )
     test = [t.to(device) for t in test]
     result = evaluate(model, *test)
-    if settings['split'] == 'test' and precise_statistics(
-        model, settings, device
-    ):
+    if settings['split'] == 'test' and _batch_norms(model):
+        own = evaluate(model, *test, own_statistics=settings['images'])
+        result['accuracy_own'] = own['accuracy']
+        precise_statistics(model, settings, device)
         result['accuracy_precise'] = evaluate(model, *test)['accuracy']
     # Means over tenths of the training.
     result['loss'] = [float(part.mean()) for part in losses.chunk(10)]

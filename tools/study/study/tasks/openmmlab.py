@@ -12,7 +12,8 @@ statistics and running averages stay as they were loaded, and neck and heads
 have no normalization. With ``head_method`` all but the backbone has that
 method's layers. With ``separable_ws`` the separable convolutions of DeepLabV3+
 are the method's too, which no config reaches. With ``zoo_optimizer`` the
-optimizer is that of the library's own schedules, SGD, instead of the config's.
+optimizer is that of the library's own schedules, SGD, instead of the config's,
+and does not clip gradients unless ``clip_grad`` says to which norm.
 With ``one_pass`` a segmenter sees the images of a step at once and only the
 normalizations ``images`` at a time: faster, and the same but for dropout's
 random numbers and for a loss with class weights, which MMSegmentation divides
@@ -68,7 +69,9 @@ DEFAULTS = dict(
     separable_ws=False,
     fresh_estimates=False,
     scheduled=False,
+    simulated_batch_size=None,
     zoo_optimizer=False,
+    clip_grad=None,
     one_pass=False,
     processes=1,
     sync=None,
@@ -188,6 +191,7 @@ def build_model(model_cfg: dict, settings: dict) -> dict:
             num_groups=settings['num_groups'],
             update_rate=settings['update_rate'],
             channel_affine=settings['channel_affine'],
+            simulated_batch_size=settings['simulated_batch_size'],
         )
         model_cfg = micro_batch_model(
             model_cfg,
@@ -228,6 +232,8 @@ def build_config(settings: dict, work_dir: str) -> Config:
         cfg.optim_wrapper = schedule.optim_wrapper
     cfg.optim_wrapper.optimizer.lr = settings['lr']
     cfg.optim_wrapper.accumulative_counts = forwards
+    if settings['clip_grad'] is not None:
+        cfg.optim_wrapper.clip_grad = dict(max_norm=settings['clip_grad'])
     warmup = min(50 * forwards, iters // 2)
     cfg.param_scheduler = [
         dict(
