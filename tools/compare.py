@@ -204,7 +204,8 @@ def read_config(args) -> Config:
             with open(options.config, 'w') as f:
                 f.write(f'_base_ = {args.config!r}\n')
             cfg = load_config(options)
-    cfg.pop('work_dir')
+    for key in ('work_dir', 'launcher'):  # those of each training
+        cfg.pop(key)
     if args.train:
         use_coco(cfg, args.train, args.val)
     return cfg
@@ -241,10 +242,9 @@ def report(comparison: Comparison, store: CellStore, args) -> str:
     parts = [
         f'# {comparison.name}\n',
         results.conditions(found) if found['runs'] else '',
-        f'{comparison.images_per_gpu} images per GPU, '
-        f'{comparison.images_per_update} per optimizer step. Mean over seeds '
-        '± half of the 95 % interval (Student), and differences to '
-        f'{args.baseline} with theirs (Welch), in bold where it excludes 0:\n',
+        _batches(comparison) + ' Mean over seeds ± half of the 95 % interval '
+        f"(Student's t); differences to {args.baseline} with theirs (Welch's "
+        't, not corrected for their number), in bold where it excludes 0:\n',
         table(comparison, runs, metrics, args.baseline),
         published(comparison.name),
     ]
@@ -265,6 +265,20 @@ def report(comparison: Comparison, store: CellStore, args) -> str:
         )
         plots.plot_seeds(
             dict(found, runs=runs), spec, ['method'], f'{path}.png'
+        )
+    return text
+
+
+def _batches(comparison: Comparison) -> str:
+    ours, written = comparison.images_per_update, comparison.schedule_images
+    text = (
+        f'Images per GPU: {comparison.images_per_gpu}, per optimizer step: '
+        f'{ours}.'
+    )
+    if ours != written:
+        text += (
+            f' The config is for {written}: its learning rate is multiplied '
+            f'by {ours / written:g}.'
         )
     return text
 

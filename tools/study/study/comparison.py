@@ -144,6 +144,7 @@ class Comparison:
         self.num_groups = num_groups
         self.base = base = copy.deepcopy(cfg)
         images = _schedule_images(cfg, name, images_per_update)
+        self.schedule_images = images
         self.images_per_update = images_per_update or images
         set_images(base, images_per_gpu, self.images_per_update, gpus, images)
         if steps is not None:
@@ -483,7 +484,7 @@ def table(
         for metric in metrics:
             summary = score(mine, metric)
             failed = summary.error or comparison.errors.get(method)
-            line.append(_mean(summary, failed))
+            line.append(_mean(summary, failed, len(mine)))
             other = score(rival, metric).values if method != baseline else []
             line.append(_difference(summary.values, other))
         done = sum('result' in run for run in mine)
@@ -500,21 +501,24 @@ def table(
     text = [
         '| ' + ' | '.join(row[i] for i in shown) + ' |' for row in rows
     ] + ['']
-    errors = {m: [e] for m, e in comparison.errors.items()}
+    errors = {(m, e): None for m, e in comparison.errors.items()}
     for run in runs:
         if 'error' in run:
-            method = run['settings']['method']
-            errors.setdefault(method, []).append(run['error'])
-    for method, messages in errors.items():
-        text += [f'- {method}: {m}' for m in dict.fromkeys(messages)]
+            settings = run['settings']
+            key = settings['method'], run['error']
+            errors.setdefault(key, osp.join(cell_name(settings), 'log.txt'))
+    for (method, message), log in errors.items():
+        text.append(f'- {method}: {message}' + (f' ({log})' if log else ''))
     return '\n'.join(text).rstrip() + '\n'
 
 
-def _mean(summary: Score, failed: Optional[str]) -> str:
+def _mean(summary: Score, failed: Optional[str], runs: int) -> str:
     if summary.mean is None:
-        return 'fails' if failed else ''
+        return 'fails' if failed or runs else ''
     half = '' if summary.half is None else f' ± {summary.half:.2f}'
-    return f'{summary.mean:.2f}{half}'
+    count = len(summary.values)
+    some = f' ({count} of {runs} runs)' if count < runs else ''
+    return f'{summary.mean:.2f}{half}{some}'
 
 
 def _difference(values: List[float], others: List[float]) -> str:

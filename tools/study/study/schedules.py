@@ -163,12 +163,11 @@ def shorten(cfg: Config, steps: int) -> None:
         cfg.log_processor = dict(
             cfg.get('log_processor') or {}, by_epoch=False
         )
-    hooks = cfg.setdefault('default_hooks', {})
-    hooks['checkpoint'] = dict(
-        hooks.get('checkpoint') or dict(type='CheckpointHook'),
-        by_epoch=False,
-        interval=counts * max(steps // 4, 1),
-    )
+    hooks = cfg.get('default_hooks') or {}
+    checkpoint = hooks.get('checkpoint') or dict(type='CheckpointHook')
+    interval = counts * max(steps // 4, 1)
+    checkpoint = dict(checkpoint, by_epoch=False, interval=interval)
+    cfg.default_hooks = dict(hooks, checkpoint=checkpoint)
 
 
 def _schedulers(cfg: Config) -> Iterator[dict]:

@@ -113,7 +113,7 @@ class Training:
         except Stopped:
             raise
         except Exception as error:  # a row of the table, not the end
-            record['error'] = f'{error} (see {osp.relpath(self.log)})'
+            record['error'] = str(error)
         record['seconds'] = round(time.time() - self.started, 1)
         record['environment'] = environment()
         self.store.write(record)
@@ -366,9 +366,10 @@ def _said(record: dict) -> str:
     if 'error' in record:
         return record['error']
     (points,) = in_points([record])
+    shown = {name: points['result'][name] for name in metrics_of([record], [])}
     return ', '.join(
-        f'{metric_name(name)} {points["result"][name]:.4g}'
-        for name in metrics_of([record], [])
+        f'{metric_name(name)} ' + ('NaN' if value is None else f'{value:.4g}')
+        for name, value in shown.items()
     )
 
 
