@@ -241,7 +241,7 @@ class Comparison:
             # What a backbone starts from is a column of the table.
             warnings.simplefilter('ignore')
             cfg.model = micro_batch_model(
-                _from_batch_norm(cfg.model),
+                _before_conversion(cfg.model, conversion.conv_cfg['type']),
                 images_per_gpu=images,
                 images_per_update=self.images_per_update,
                 **conversion.to_dict(),
@@ -336,21 +336,32 @@ def _freeze(model: dict, scope: str) -> None:
     backbone['norm_eval'] = True
 
 
-def _from_batch_norm(model: dict) -> dict:
-    """Undo what a config with GN and WS says of its checkpoint.
+def _before_conversion(model: dict, conv: str) -> dict:
+    """Return a model that has plain convolutions if ``model`` does not.
 
-    Whether a method's backbone starts from it depends on the method.
+    What a backbone starts from is to depend on the method, and not on which
+    of two configs of the same network the comparison is made.
+
+    Args:
+        model (dict): The model of the config.
+        conv (str): The convolution that the method has.
     """
     originals = {new: old for old, new in GN_WS_CHECKPOINTS.items()}
-
-    def original(cfg: Any) -> Any:
-        if isinstance(cfg, dict):
-            return {key: original(value) for key, value in cfg.items()}
-        if isinstance(cfg, (list, tuple)):
-            return type(cfg)(map(original, cfg))
-        return originals.get(cfg, cfg) if isinstance(cfg, str) else cfg
-
-    return original(model)
+    checkpoint = checkpoint_of(model)
+    convs = {
+        class_name(value)
+        for key, value in flat(model).items()
+        if key.endswith('conv_cfg.type')
+    }
+    others = convs & {*CONVS.values()} - {'Conv2d', conv}
+    if checkpoint not in originals and not others:
+        return model
+    return micro_batch_model(
+        model,
+        dict(type='BN'),
+        dict(type='Conv2d'),
+        pretrained=originals.get(checkpoint, False),
+    )
 
 
 def checkpoint_of(model: dict) -> Optional[str]:
@@ -501,7 +512,7 @@ def table(
     text = [
         '| ' + ' | '.join(row[i] for i in shown) + ' |' for row in rows
     ] + ['']
-    errors = {(m, e): None for m, e in comparison.errors.items()}
+    errors = dict.fromkeys(comparison.errors.items())
     for run in runs:
         if 'error' in run:
             settings = run['settings']
