@@ -510,6 +510,34 @@ def test_hours_left_come_from_the_log(tmp_path, fake_tools):
     assert left / 3600 == pytest.approx((26 + 27) / 2, abs=0.01)
 
 
+TORCHRUN = """$ train.py
+OSError: of another attempt
+$ train.py
+[rank0]: Traceback (most recent call last):
+[rank0]:   File "train.py", line 3, in <module>
+[rank0]: RuntimeError: CUDA out of memory.
+E1127 18:00:00 torch/distributed/elastic/multiprocessing/api.py] failed
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+  error_file: <N/A>
+"""
+
+
+@pytest.mark.parametrize(
+    'log, code, said',
+    [
+        (TORCHRUN, 1, 'RuntimeError: CUDA out of memory.'),
+        ('$ train.py\nerror: no data\nPut it there', 1, 'error: no data'),
+        ('$ train.py\nnothing', 3, 'ended with exit status 3'),
+        ('$ train.py\nnothing', -9, 'ended by SIGKILL: out of memory?'),
+        ('$ train.py\nnothing', -11, 'ended by SIGSEGV'),
+    ],
+)
+def test_an_error_is_found_in_the_log(tmp_path, log, code, said):
+    path = tmp_path / 'log.txt'
+    path.write_text(log)
+    assert trainings._last_error(str(path), code) == said
+
+
 def test_trainings_share_the_gpus(monkeypatch):
     slots = trainings.gpu_slots
     assert slots(['0', '1', '2'], 1, None) == ['0', '1', '2']
@@ -537,6 +565,14 @@ def test_trainings_share_the_gpus(monkeypatch):
         (['--methods', 'sync-bcn'], 'give --gpus-per-training 2'),
         (['--method', 'mine', 'norm_cfg'], 'expected key=value'),
         (['--method', 'mine', 'a.b=1'], 'like=METHOD'),
+        (
+            ['--method', 'mine', 'like=gn', 'optim_wraper.clip_grad=1'],
+            'Did you mean optim_wrapper?',
+        ),
+        (
+            ['--method', 'mine', 'like=gn', 'norm_cg.eps=1'],
+            'Did you mean norm_cfg?',
+        ),
         (
             ['--methods', 'gn', '--images-per-gpu', '2'],
             '1 images per optimizer step are no multiple of 2',

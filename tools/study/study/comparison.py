@@ -204,6 +204,14 @@ class Comparison:
             if key.partition('.')[0] not in CONVERSION
         }
         own = {k: v for k, v in settings.items() if k not in options}
+        for key in options:
+            top = key.partition('.')[0]
+            close = difflib.get_close_matches(top, [*cfg.keys(), *CONVERSION])
+            if top not in cfg and close:
+                raise UsageError(
+                    f'--method {method.name}: there is no {top}. Did you '
+                    f'mean {close[0]}?'
+                )
         if method.like in (AS_IS, FROZEN):
             if own:
                 raise ValueError(

@@ -37,9 +37,11 @@ from .comparison import (
 from .environment import environment
 from .runs import _finite
 
-TOOLS = osp.join(osp.dirname(osp.abspath(__file__)), osp.pardir, osp.pardir)
+TOOLS = osp.abspath(osp.join(osp.dirname(__file__), osp.pardir, osp.pardir))
 ETA = re.compile(r'eta: (?:(\d+) days?, )?(\d+):(\d+):(\d+)')
-ERROR = re.compile(r'(?:[\w.]*(?:Error|Exception)|error|usage)\b.*')
+ERROR = re.compile(
+    r'(?:\[rank\d+\]: )?((?:[\w.]*(?:Error|Exception)|error|usage)\b.*)'
+)
 
 
 class Stopped(Exception):
@@ -259,9 +261,10 @@ def _last_error(log: str, code: int) -> str:
         return f'ended by {name}{hint}'
     lines = _tail(log).rpartition('\n$ ')[2].splitlines()
     for line in reversed(lines):
+        found = ERROR.match(line)
         # What torchrun says of a process that failed comes after its error.
-        if ERROR.match(line) and 'torch.distributed.elastic' not in line:
-            return line[:300]
+        if found and 'torch.distributed.elastic' not in line:
+            return found[1][:300]
     return f'ended with exit status {code}'
 
 
