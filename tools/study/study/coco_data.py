@@ -35,7 +35,8 @@ def use_coco(cfg: Config, train: List[str], val: List[str]) -> None:
     classes = _classes(*train, masks)
     if _classes(*val, masks) != classes:
         raise UsageError(
-            f'{train[0]} and {val[0]} do not have the same categories.'
+            f'{train[0]} and {val[0]} do not have the same categories in '
+            'the same order.'
         )
     for split, (file, images) in (('train', train), ('val', val)):
         for name in SPLITS[split]:
