@@ -304,6 +304,22 @@ def test_frozen_bn_keeps_the_config_but_for_norm_eval():
     assert checkpoint_of(configs['gn'].model) is None
 
 
+def test_each_learning_rate_is_a_row():
+    comparison = digits([Method('gn', 'gn')], lrs=[0.1, 0.2], seeds=1)
+    rates = [
+        comparison.config(cell).optim_wrapper.optimizer.lr
+        for cell in comparison.final_cells()
+    ]
+    assert rates == [0.1, 0.2]
+    runs = [
+        dict(settings=cell, result=dict(bbox_mAP=100 * cell['lr']))
+        for cell in comparison.final_cells()
+    ]
+    text = compare.table(comparison, runs, ['bbox_mAP'], 'gn')
+    assert '| gn, lr 0.1 | 10.00 |' in text
+    assert '| gn, lr 0.2 | 20.00 |' in text
+
+
 def test_a_change_of_the_config_is_another_cell():
     methods = [Method('gn', 'gn')]
     short = digits(methods, steps=10).final_cells()
@@ -568,6 +584,13 @@ def test_trainings_share_the_gpus(monkeypatch):
         (
             ['--method', 'mine', 'like=gn', 'optim_wraper.clip_grad=1'],
             'Did you mean optim_wrapper?',
+        ),
+        (
+            [
+                *('--lr', '0.1', '--method', 'mine', 'like=gn'),
+                'optim_wrapper.optimizer.lr=0.2',
+            ],
+            'mine has a learning rate of its own',
         ),
         (
             ['--method', 'mine', 'like=gn', 'norm_cg.eps=1'],

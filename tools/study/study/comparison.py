@@ -168,6 +168,12 @@ class Comparison:
         rates = lrs or [None]
         if lrs and 'lr' not in (base.optim_wrapper.get('optimizer') or {}):
             raise UsageError('--lr: the config has no optim_wrapper.optimizer')
+        for method in methods if lrs else ():
+            if 'optim_wrapper.optimizer.lr' in method.settings:
+                raise UsageError(
+                    f'--lr is for all methods, and {method.name} has a '
+                    'learning rate of its own.'
+                )
         self.cells = [
             _settings(method.name, self.configs.get(method.name), lr)
             for method in methods
@@ -247,7 +253,7 @@ class Comparison:
         conversion.merge_from_dict(own)
         with warnings.catch_warnings():
             # What a backbone starts from is a column of the table.
-            warnings.simplefilter('ignore')
+            warnings.filterwarnings('ignore', '.* starts from ')
             cfg.model = micro_batch_model(
                 _before_conversion(cfg.model, conversion.conv_cfg['type']),
                 images_per_gpu=images,
