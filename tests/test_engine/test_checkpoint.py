@@ -11,7 +11,7 @@ from wsbcn_mm.engine.checkpoint import (
     select,
     strip,
 )
-from wsbcn_mm.engine.command_line import UsageError
+from wsbcn_mm.engine.errors import CheckpointError, UsageError
 
 
 def state(prefix):
@@ -49,7 +49,7 @@ def test_the_usual_containers(tmp_path, key):
 def test_a_text_file_is_no_checkpoint(tmp_path, text):
     path = tmp_path / 'x.pth'
     path.write_text(text)
-    with pytest.raises(UsageError, match='cannot be read safely'):
+    with pytest.raises(CheckpointError, match='cannot be read'):
         read_checkpoint(str(path))
 
 

@@ -13,8 +13,14 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import get_state_dict
 
 import wsbcn_mm  # noqa: F401  registers the layers
-from wsbcn_mm.engine.checkpoint import publish, read_checkpoint, read_config
+from wsbcn_mm.engine.checkpoint import (
+    load_all_weights,
+    publish,
+    read_checkpoint,
+    read_config,
+)
 from wsbcn_mm.engine.command_line import UsageError, run
+from wsbcn_mm.engine.mistakes import mistakes_explained
 
 
 def parse_args():
@@ -31,16 +37,11 @@ def main():
     args = parse_args()
     cfg = read_config(args.config)
     checkpoint = read_checkpoint(args.checkpoint)
-    model = MODELS.build(cfg.model)
-    try:
-        missing, unexpected = model.load_state_dict(
-            checkpoint['state_dict'], strict=False
-        )
-    except RuntimeError as error:  # sizes that do not match
-        raise UsageError(
-            f'{args.checkpoint!r} is not of the network in {args.config!r}: '
-            f'{error}'
-        ) from error
+    with mistakes_explained(cfg):
+        model = MODELS.build(cfg.model)
+    missing, unexpected = load_all_weights(
+        model, checkpoint['state_dict'], repr(args.checkpoint), strict=False
+    )
     own = len(model.state_dict())
     if len(missing) > own / 2:
         raise UsageError(

@@ -1,11 +1,17 @@
-"""Which files of a config's data sets are not on this machine."""
+"""What is wrong with the files of a config's data sets."""
 
+import contextlib
 import inspect
+import json
 import os.path as osp
+import traceback
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 from mmengine.config import Config
+from mmengine.fileio import get_local_path
 from mmengine.registry import DATASETS
+
+from .errors import UsageError
 
 # The folders that every pipeline reads. Others, such as that of the ground
 # truth, may be named and never looked at.
@@ -42,6 +48,71 @@ def missing_files(cfg: Config, *loaders: str) -> List[Missing]:
         for key, metric in _leaves(evaluator, cfg.get(evaluator)):
             missing += _of_metric(key, metric)
     return missing
+
+
+@contextlib.contextmanager
+def annotations_explained(dataset: dict):
+    """Raise UsageError where an annotation file is why a data set fails.
+
+    Args:
+        dataset (dict): The config of the data set.
+    """
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        reason = f'it is no JSON, or not all of it ({error})'
+    except AssertionError as error:
+        reason = str(error)
+    except (KeyError, TypeError) as error:
+        if not _in_annotations(error):
+            raise
+        reason = f'it lacks {error}, or something of another type is there'
+    else:
+        return
+    files = [str(part.get('ann_file')) for _, part in _leaves('', dataset)]
+    raise UsageError(
+        f'the annotation file {" or ".join(files)} cannot be used: {reason}. '
+        'Expected what the data set of the config reads, such as the JSON of '
+        'COCO. Make it again, or name another with --cfg-options '
+        'train_dataloader.dataset.ann_file=...'
+    )
+
+
+def _in_annotations(error: Exception) -> bool:
+    """Whether an error comes from reading annotations, not from a config."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    names = {frame.f_code.co_name for frame, _ in frames}
+    return bool(
+        names & {'load_data_list', 'parse_data_info', 'createIndex', 'COCO'}
+    )
+
+
+def problems_of_dataset(dataset: Any) -> Iterator[str]:
+    """What makes a data set, once built, lose images or classes silently.
+
+    Classes that the annotation file does not have also move the labels of
+    those that come after them, in MMDetection.
+    """
+    parts = getattr(dataset, 'datasets', None) or [
+        getattr(dataset, 'dataset', None)
+    ]
+    for part in parts:
+        if part is not None:
+            yield from problems_of_dataset(part)
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
+    found = getattr(dataset, 'cat_ids', None)
+    if found is not None and len(found) < len(classes):
+        path = dataset.ann_file
+        with get_local_path(path) as local, open(local) as file:
+            names = [c['name'] for c in json.load(file).get('categories', ())]
+        absent = [name for name in classes if name not in names]
+        yield (
+            f'{path} has no {", ".join(map(repr, absent))}, '
+            f'{len(absent)} of the {len(classes)} classes of the config, so '
+            'that the others have the labels before. Its categories are '
+            f'{", ".join(map(repr, names[:20]))}: write those to train on as '
+            'metainfo=dict(classes=(...)) of each data set.'
+        )
 
 
 def _leaves(key: str, cfg: Any) -> Iterator[Tuple[str, dict]]:

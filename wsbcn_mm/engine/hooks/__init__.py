@@ -6,6 +6,7 @@ from .normalization_monitor import (
     NormalizationMonitor,
     NormalizationMonitorHook,
 )
+from .skip_non_finite import SkipNonFiniteHook
 from .sync_estimates_hook import SyncEstimatesHook
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     'ExactResumeHook',
     'NormalizationMonitor',
     'NormalizationMonitorHook',
+    'SkipNonFiniteHook',
     'SyncEstimatesHook',
     'calibrate',
 ]
