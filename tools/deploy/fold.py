@@ -136,6 +136,7 @@ def main():
                 ),
             ),
             f'{args.out}.pth',
+            backend_args=dict(backend='durable'),
         )
         with open(f'{args.out}.py', 'w', encoding='utf-8') as file:
             file.write(config_text(stock_cfg))

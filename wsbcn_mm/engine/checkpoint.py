@@ -2,10 +2,9 @@
 
 import glob
 import hashlib
+import io
 import logging
-import os
 import os.path as osp
-import tempfile
 from collections import OrderedDict
 from typing import Any, Dict, Optional
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from .checkpoint_errors import check_crc, explained
 from .compat import mmengine_checkpoints
+from .durable_files import DurableBackend
 from .errors import CheckpointError, UsageError
 from .mistakes import config_from_file, import_library
 
@@ -225,26 +225,17 @@ def publish(checkpoint: Dict[str, Any], out: str) -> str:
         str: The path, ``<out without .pth>-<first 8 of sha256>.pth``.
     """
     stem = out[: -len('.pth')] if out.endswith('.pth') else out
-    folder = osp.dirname(osp.abspath(stem))
-    os.makedirs(folder, exist_ok=True)
     meta = {
         key: value
         for key, value in checkpoint.get('meta', {}).items()
         if key in ('cfg', 'dataset_meta', 'epoch', 'iter', 'seed')
     }
     content = dict(state_dict=checkpoint['state_dict'], meta=meta)
-    handle, temporary = tempfile.mkstemp(dir=folder)
-    os.close(handle)
-    try:
-        torch.save(content, temporary)
-        with open(temporary, 'rb') as f:
-            digest = hashlib.sha256(f.read()).hexdigest()
-        path = f'{stem}-{digest[:8]}.pth'
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with io.BytesIO() as file:
+        torch.save(content, file)
+        data = file.getvalue()
+    path = f'{stem}-{hashlib.sha256(data).hexdigest()[:8]}.pth'
+    DurableBackend().put(data, path)
     return path
 
 

@@ -32,6 +32,7 @@ from .checkpoint import (
 from .checkpoint_errors import check_crc
 from .config import may_exist
 from .dataset_files import (
+    NO_IMAGES,
     Missing,
     annotations_explained,
     missing_files,
@@ -150,8 +151,12 @@ def build_runner(cfg: Config, needs_all_weights: bool = False) -> Runner:
 def check_update_rate(runner: Runner) -> None:
     """Warn if layers have an update rate for other numbers of images."""
     batch_size = (runner.cfg.get('train_dataloader') or {}).get('batch_size')
-    # A batch sampler has its own; a FlexibleRunner no model so early.
-    if batch_size is None or not isinstance(runner.model, torch.nn.Module):
+    # A batch sampler has its own; a FlexibleRunner no model so early. What
+    # is no number, the loader refuses.
+    if not (
+        isinstance(batch_size, int)
+        and isinstance(runner.model, torch.nn.Module)
+    ):
         return
     contradiction = rate_contradiction(
         runner.model,
@@ -219,8 +224,8 @@ def check_work_dir(path: str) -> None:
     """Raise UsageError if nothing can be written to a work directory."""
     try:
         os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(2**20))  # for logs, at least
     except OSError as error:
         raise UsageError(
             f'nothing can be written to the work directory {path!r}: '
@@ -237,24 +242,16 @@ def check_training_set(runner: Runner) -> None:
     if not isinstance(runner, Runner) or not isinstance(loader, dict):
         return
     cfg = loader.get('dataset')
-    if isinstance(cfg, dict):
-        with annotations_explained(cfg):
-            dataset = DATASETS.build(cfg)
-        if hasattr(dataset, 'full_init'):
-            with annotations_explained(cfg):
-                dataset.full_init()
-        runner._train_dataloader = ConfigDict(loader, dataset=dataset)
-    else:
-        dataset = cfg
-    if dataset is None:
+    if not isinstance(cfg, dict):
         return
-    problems = list(problems_of_dataset(dataset))
-    if len(dataset) == 0:
-        raise UsageError(
-            'train_dataloader.dataset has no image left to train on.'
-            + ''.join(f' {problem}' for problem in problems)
-        )
-    for problem in problems:
+    with annotations_explained(cfg):
+        dataset = DATASETS.build(cfg)
+        if hasattr(dataset, 'full_init'):
+            dataset.full_init()
+        if len(dataset) == 0:
+            raise ValueError(NO_IMAGES)
+    runner._train_dataloader = ConfigDict(loader, dataset=dataset)
+    for problem in problems_of_dataset(dataset):
         print_log(problem, logger='current', level=logging.WARNING)
 
 
@@ -354,7 +351,7 @@ def run(main) -> None:
             main()
     except UsageError as error:
         sys.exit(f'error: {error}')
-    except (AssertionError, OSError) as error:
+    except Exception as error:
         message = about_a_file(error)
         if message is None:
             raise
@@ -383,7 +380,7 @@ def _warn_of_unread_keys(cfg: Config) -> None:
     """Warn of what MMEngine would pass over because it is misspelled."""
     read = set(inspect.signature(Runner.__init__).parameters) - {'self'}
     for key in cfg:
-        close = difflib.get_close_matches(key, read - set(cfg), 1, cutoff=0.85)
+        close = difflib.get_close_matches(key, read, 1, cutoff=0.85)
         if close and key not in read:
             print_log(
                 f'Nothing reads {key!r} in the config.'

@@ -8,7 +8,6 @@ import traceback
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 from mmengine.config import Config
-from mmengine.fileio import get_local_path
 from mmengine.registry import DATASETS
 
 from .errors import UsageError
@@ -16,6 +15,10 @@ from .errors import UsageError
 # The folders that every pipeline reads. Others, such as that of the ground
 # truth, may be named and never looked at.
 IMAGE_PREFIXES = ('img', 'img_path')
+
+
+# What NumPy says to MMEngine, which joins the images that there are.
+NO_IMAGES = 'need at least one array to concatenate'
 
 
 class Missing(NamedTuple):
@@ -63,19 +66,49 @@ def annotations_explained(dataset: dict):
         reason = f'it is no JSON, or not all of it ({error})'
     except AssertionError as error:
         reason = str(error)
+    except ValueError as error:
+        if str(error) != NO_IMAGES:
+            raise
+        reason = (
+            'no image is left to train on, since none has an annotation of '
+            'one of the classes that metainfo=dict(classes=...) of the '
+            'data set names'
+        )
     except (KeyError, TypeError) as error:
         if not _in_annotations(error):
             raise
         reason = f'it lacks {error}, or something of another type is there'
     else:
         return
-    files = [str(part.get('ann_file')) for _, part in _leaves('', dataset)]
+    told = [
+        _annotation_file(part) + _categories(_annotation_file(part))
+        for _, part in _leaves('', dataset)
+    ]
     raise UsageError(
-        f'the annotation file {" or ".join(files)} cannot be used: {reason}. '
+        f'{" or ".join(told) or "the training set"} cannot be used: {reason}. '
         'Expected what the data set of the config reads, such as the JSON of '
         'COCO. Make it again, or name another with --cfg-options '
         'train_dataloader.dataset.ann_file=...'
     )
+
+
+def _annotation_file(dataset: dict) -> str:
+    root = osp.expanduser(dataset.get('data_root') or '')
+    return osp.join(root, str(dataset.get('ann_file') or ''))
+
+
+def _names(path: str) -> List[str]:
+    """The categories of an annotation file in the form of COCO, or none."""
+    try:
+        with open(path) as file:
+            return [c['name'] for c in json.load(file)['categories']]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _categories(path: str) -> str:
+    names = ', '.join(map(repr, _names(path)[:20]))
+    return f' (its categories: {names})' if names else ''
 
 
 def _in_annotations(error: Exception) -> bool:
@@ -102,15 +135,13 @@ def problems_of_dataset(dataset: Any) -> Iterator[str]:
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
     found = getattr(dataset, 'cat_ids', None)
     if found is not None and len(found) < len(classes):
-        path = dataset.ann_file
-        with get_local_path(path) as local, open(local) as file:
-            names = [c['name'] for c in json.load(file).get('categories', ())]
-        absent = [name for name in classes if name not in names]
+        names = set(classes).intersection(_names(dataset.ann_file))
+        absent = [repr(name) for name in classes if name not in names]
         yield (
-            f'{path} has no {", ".join(map(repr, absent))}, '
-            f'{len(absent)} of the {len(classes)} classes of the config, so '
-            'that the others have the labels before. Its categories are '
-            f'{", ".join(map(repr, names[:20]))}: write those to train on as '
+            f'{dataset.ann_file} has no {", ".join(absent)}, {len(absent)} of '
+            f'the {len(classes)} classes of the config, so that MMDetection '
+            'gives the others the labels before theirs'
+            f'{_categories(dataset.ann_file)}. Write those to train on as '
             'metainfo=dict(classes=(...)) of each data set.'
         )
 

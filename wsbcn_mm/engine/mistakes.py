@@ -129,9 +129,11 @@ def about_a_file(error: Exception) -> Optional[str]:
         text = text.strip().splitlines()[-1].partition(': ')[2]
     image = re.search(r'failed to load image: (.*)', text)
     if isinstance(error, AssertionError) and image:
+        return f'{image[1]!r} is no image that can be read. {_GO_ON}'
+    if type(error).__module__ == 'cv2':  # of an empty file, without its name
         return (
-            f'{image[1]!r} is no image that can be read: it is damaged, or '
-            f'something else. {_GO_ON}'
+            f'{_image_being_read(error)} is empty or damaged: '
+            f'{text.strip().splitlines()[-1]} {_GO_ON}'
         )
     if not isinstance(error, OSError):
         return None
@@ -148,6 +150,13 @@ def about_a_file(error: Exception) -> Optional[str]:
     if error.filename:
         return f'{error.filename!r}: {error.strerror}.'
     return None
+
+
+def _image_being_read(error: Exception) -> str:
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get('__name__') == 'mmcv.transforms.loading':
+            return repr(frame.f_locals.get('filename'))
+    return 'an image (train_dataloader.num_workers=0 tells which)'
 
 
 _GO_ON = (
@@ -174,6 +183,8 @@ def _being_built(error: Exception) -> Optional[List[str]]:
 def _mistakes(cfg: Any, text: str) -> Iterator[str]:
     """What in a config is mistaken, given that it could not be built."""
     keyword = re.search(r"unexpected keyword argument '(\w+)'", text)
+    # Some builders tell no name: "Cannot find None in registry".
+    unknown = re.search(r'(\S+) is not in the .* registry|None', text)
     for path, part in _dicts(cfg):
         for key, value in part.items():
             if key.endswith('_cfg') and isinstance(value, str):
@@ -184,21 +195,35 @@ def _mistakes(cfg: Any, text: str) -> Iterator[str]:
         kind = part.get('type')
         cls, names = _component(kind) if isinstance(kind, str) else (kind, [])
         if isinstance(kind, str) and cls is None:
+            if unknown is None or unknown[1] not in (None, kind):
+                continue
             yield (
                 f'{path} is of no known type {kind!r}.'
                 + did_you_mean(kind.rpartition('.')[2], names)
             )
         elif keyword and keyword[1] in part:
             taken = constructor_parameters(cls) if inspect.isclass(cls) else ()
-            if keyword[1] not in taken:
-                yield (
+            known = {'type', '_scope_', *taken}
+            extra = [repr(key) for key in part if key not in known]
+            if repr(keyword[1]) in extra:
+                message = (
                     f'{path}{f" ({kind})" if kind else ""} has no argument '
-                    f'{keyword[1]!r}.' + did_you_mean(keyword[1], taken)
+                    f'{", ".join(extra)}.' + did_you_mean(keyword[1], taken)
                 )
+                if len(extra) > 1:  # of another type, from a base
+                    message += ' _delete_=True keeps those of a base away.'
+                yield message
+        elif 'must contain the key "type"' in text and 'type' not in part:
+            if path.endswith(('norm_cfg', 'conv_cfg', 'act_cfg')):
+                yield f"{path} has no type, such as dict(type='BCN', ...)"
 
 
 def _component(name: str) -> Tuple[Any, List[str]]:
     """What a name means in any registry, and the names that there are."""
+    from mmcv import ops  # which MMDetection takes by name, as it does nms
+
+    if hasattr(ops, name):
+        return getattr(ops, name), []
     names: List[str] = []
     for registry in vars(root).values():
         if isinstance(registry, Registry):

@@ -74,7 +74,9 @@ class Run(NamedTuple):
 
     def refuses(self, *parts: str, lines: int = 6) -> 'Run':
         """Assert that it ended with one message that has these parts."""
-        told = self.output.rpartition('error: ')[2].strip()
+        told = re.split('^error: ', self.output, flags=re.MULTILINE)[
+            -1
+        ].strip()
         assert self.code not in (0, None), 'it was not refused'
         assert 'Traceback' not in self.output, f'a traceback:\n{self.tail()}'
         assert 'error: ' in self.output, f'no message:\n{self.tail()}'
@@ -150,6 +152,7 @@ def _become(tool: str, arguments: List[str], output: str, environment: dict):
     mmengine.config.config.FormatCode = lambda text, **_: (text, True)
     sys.argv = [tool, *arguments]
     sys.path[0] = os.path.dirname(tool)
+    sys.path[1:1] = environment.get('PYTHONPATH', '').split(os.pathsep)
     runpy.run_path(tool, run_name='__main__')
 
 
@@ -157,7 +160,7 @@ class Bench:
     """A folder for an attack, and the count of what became of its tries.
 
     Args:
-        folder (Path): Anything may be left in there.
+        folder (Path): Emptied first; anything may be left in there.
         scenes (Path): Digit scenes to train on.
         scale (int): How often what is random is tried. Default: 1
         tell (Callable): Gets a line for each try.
@@ -176,7 +179,8 @@ class Bench:
         self.tried: List[str] = []
         self.lost: List[tuple] = []
         self.notes: List[str] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
 
     @contextlib.contextmanager
     def survives(self, what: str) -> Iterator[None]:
@@ -212,11 +216,10 @@ class Bench:
         path.write_text(
             f"""_base_ = {str(_flat_config(self.folder, norm))!r}
 train_dataloader = dict(dataset=dict(data_root={scenes!r}))
-val_dataloader = dict(dataset=dict(data_root={scenes!r}))
 test_dataloader = dict(dataset=dict(data_root={scenes!r}))
-val_evaluator = dict(ann_file={scenes!r} + 'annotations/instances_val.json')
 test_evaluator = dict(ann_file={scenes!r} + 'annotations/instances_val.json')
-train_cfg = dict(max_epochs=2, val_interval=100)
+val_dataloader = val_cfg = val_evaluator = None
+train_cfg = dict(max_epochs=2)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
 custom_hooks = [
     dict(type='SyncEstimatesHook'),

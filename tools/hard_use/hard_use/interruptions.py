@@ -15,7 +15,7 @@ from wsbcn_mm.engine.checkpoint import read_checkpoint
 from .bench import Bench, assert_equal_bits, attack, weights
 
 GROUP = 'Interruptions'
-EPOCHS = 6
+EPOCHS = 4
 CONFIG = f"""
 train_cfg = dict(max_epochs={EPOCHS})
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))
