@@ -69,6 +69,8 @@ def broken(bench: Bench) -> None:
     config, good = train_once(bench)
     content = good.read_bytes()
     for name, size in (('empty', 0), ('half', len(content) // 2)):
+        if name == 'empty' and bench.scale == 1:
+            continue  # as the one of zeros, in all that reads them
         path = bench.folder / f'{name}.pth'
         path.write_bytes(content[:size])
         refused_by_all(bench, config, path, f'{name}.pth', 'cannot be read')
@@ -161,7 +163,7 @@ def foreign(bench: Bench) -> None:
         )
 
 
-@attack(GROUP, 'that is not there, or cannot be downloaded')
+@attack(GROUP, 'that is not there, or cannot be downloaded', slow=True)
 def missing(bench: Bench) -> None:
     config = bench.config()
     nowhere = dict(

@@ -99,7 +99,7 @@ def check_all(bench: Bench, mistakes: dict, form: str, norm: str) -> None:
             bench.train(config, work_dir).refuses(*parts)
 
 
-@attack(GROUP, 'mistakes in norm_cfg, conv_cfg and the model')
+@attack(GROUP, 'mistakes in norm_cfg, conv_cfg and the model', slow=True)
 def norms(bench: Bench) -> None:
     check_all(bench, NORMS, BACKBONE, 'bcn-ws')
 
@@ -109,7 +109,7 @@ def calls(bench: Bench) -> None:
     check_all(bench, CALLS, MICRO_BATCH, 'bn')
 
 
-@attack(GROUP, 'mistakes in hooks, optimizers, loaders and loops')
+@attack(GROUP, 'mistakes in hooks, optimizers, loaders and loops', slow=True)
 def runs(bench: Bench) -> None:
     check_all(bench, RUNS, '{}\n', 'bcn-ws')
     with bench.survives('custom_hook = [...]: trains, and the log says it'):

@@ -17,7 +17,7 @@ def train_on(bench: Bench, scenes: Path, text: str = ''):
     return other.train(config, other.folder / 'run')
 
 
-@attack(GROUP, 'an image that is missing, or damaged')
+@attack(GROUP, 'an image that is missing, or damaged', slow=True)
 def images(bench: Bench) -> None:
     workers = 'train_dataloader.update(num_workers=1)\n'
     for what in ('missing', 'empty', 'truncated', 'text'):
@@ -99,7 +99,7 @@ def same_ids(content: dict) -> None:
         annotation['id'] = 1
 
 
-@attack(GROUP, 'annotations that are empty, degenerate or wrong')
+@attack(GROUP, 'annotations that are empty, degenerate or wrong', slow=True)
 def annotations(bench: Bench) -> None:
     for change in (
         empty_images,

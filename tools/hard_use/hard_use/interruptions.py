@@ -236,7 +236,7 @@ def _writers(config: Path, work_dir: Path, out: Path) -> dict:
     }
 
 
-@attack(GROUP, 'nowhere to write')
+@attack(GROUP, 'nowhere to write', slow=True)
 def unwritable(bench: Bench) -> None:
     config, file = bench.config(), bench.folder / 'a_file'
     file.write_text('')
