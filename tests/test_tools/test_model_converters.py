@@ -155,7 +155,7 @@ def test_normalization_of_another_network(tmp_path, monkeypatch):
         {'backbone.conv1.weight': torch.zeros(1)},
     ):
         torch.save(state, path)
-        with pytest.raises(SystemExit, match='is not of the network'):
+        with pytest.raises(SystemExit, match='is of another network'):
             run(
                 *(monkeypatch, 'normalization.py', config),
                 *(path, tmp_path / 'y.pth'),

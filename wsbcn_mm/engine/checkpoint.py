@@ -157,10 +157,9 @@ def check_same_network(
     share = share_of_weights(module, state)
     if share <= least:
         raise CheckpointError(
-            f'{what} is of another network: {share:.0%} of the weights of '
-            f'{type(module).__name__} are in it, by name and shape. This '
-            f'network has {_some(module.state_dict())}, and it '
-            f'{_some(state)}.'
+            f'{what} is of another network: it has {share:.0%} of the weights '
+            f'of {type(module).__name__}, by name and shape. The network has '
+            f'{_some(module.state_dict())}; the checkpoint {_some(state)}.'
         )
 
 

@@ -135,7 +135,7 @@ def equal(bench: Bench) -> None:
                 norm=dict(type='BCN', momentum=0.02),
             ),
             # A step normalizes with a process's own update, of this rate.
-            {'backbone.bcn1': 1e-4, 'backbone': 0.05},
+            {'backbone.bcn1': 1e-4, 'backbone': 0.1},
         ),
     ):
         one = config_for(bench, f'{name}_one', batch_size=2, **settings)
