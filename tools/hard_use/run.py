@@ -147,7 +147,26 @@ ends in a few lines that say what, why and what to do, without a traceback.
 |---|--:|--:|--:|
 {rows}
 
-{notes}{losses}"""
+{notes}{losses}
+## What guards a run
+
+`tools/train.py` and `tools/test.py` do the following for every config.
+
+- A checkpoint is written beside its place and renamed once it is on the disk;
+  the one that it replaces is removed after that. So there must be room for one
+  checkpoint more than `max_keep_ckpts`. With other tools, write
+  `default_hooks=dict(checkpoint=dict(backend_args=dict(backend='durable')))`.
+- `--resume` goes on from the newest checkpoint that is whole, its checksums
+  included, and says which it passed over.
+- Nothing that is loaded may run code, downloads included. A checkpoint that
+  shares no weight with the network is refused; so is, for `test.py` and
+  `--resume`, one with half of them or fewer.
+- A step by gradients that are not finite is skipped (`SkipNonFiniteHook`). The
+  log says so once, with the images, and the number at the end; a hundred in a
+  row end the training. With other tools, add the hook to `custom_hooks`.
+- A mistake in a config is one message. `WSBCN_MM_TRACEBACK=1` shows the
+  traceback, too.
+"""
 
 
 def page(results: List[Result]) -> str:

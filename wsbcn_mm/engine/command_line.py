@@ -137,10 +137,9 @@ def build_runner(cfg: Config, needs_all_weights: bool = False) -> Runner:
         )
         wrapper.update(cfg.get('model_wrapper_cfg') or {}, device_ids=None)
         cfg.model_wrapper_cfg = wrapper
-    if 'runner_type' in cfg:
-        runner = RUNNERS.build(cfg)
-    else:
-        runner = Runner.from_cfg(cfg)
+    if 'runner_type' in cfg:  # of a strategy with checkpoints of its own
+        return RUNNERS.build(cfg)
+    runner = Runner.from_cfg(cfg)
     write_durably(runner)
     runner.register_hook(_CheckCheckpoint(needs_all_weights), 'VERY_HIGH')
     if not any(isinstance(hook, SkipNonFiniteHook) for hook in runner.hooks):

@@ -220,8 +220,10 @@ def _mistakes(cfg: Any, text: str) -> Iterator[str]:
 
 def _component(name: str) -> Tuple[Any, List[str]]:
     """What a name means in any registry, and the names that there are."""
-    from mmcv import ops  # which MMDetection takes by name, as it does nms
-
+    try:
+        from mmcv import ops  # which MMDetection takes by name, as it does nms
+    except ImportError:  # mmcv-lite
+        ops = None
     if hasattr(ops, name):
         return getattr(ops, name), []
     names: List[str] = []

@@ -149,6 +149,7 @@ def bad_batches(bench: Bench) -> None:
 NAN_IMAGE = """
 custom_imports = dict(imports=['wsbcn_mm', 'nan_image'])
 train_cfg = dict(max_epochs=3)
+log_processor = dict(window_size=1)  # no mean with those before
 train_pipeline = list(_base_.train_pipeline)
 train_pipeline.insert(-1, dict(type='NaNImage', times={times}))
 train_dataloader['dataset'].update(pipeline=train_pipeline)

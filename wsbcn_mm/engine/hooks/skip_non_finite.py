@@ -98,7 +98,8 @@ class SkipNonFiniteHook(Hook):
                 + '. The step was skipped, and what is not finite was left '
                 'out of the estimates. Look at the images and labels of this '
                 'batch if it happens again, or lower the learning rate. '
-                'Further ones are counted.',
+                'Further ones are counted. The loss in the log, a mean over '
+                'the last iterations, is nan for as long as it has this one.',
             )
         if self._in_a_row == self.max_in_a_row:
             raise UsageError(
