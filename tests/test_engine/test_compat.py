@@ -23,6 +23,7 @@ from torch import nn
 
 from wsbcn_mm.engine import compat
 from wsbcn_mm.engine.compat import mmengine_checkpoints, register_configs
+from wsbcn_mm.engine.errors import CheckpointError
 
 refusing = pytest.mark.skipif(
     digit_version(torch.__version__) < digit_version('2.6'),
@@ -145,7 +146,7 @@ def test_loading_with_mmengine_runs_nothing(tmp_path):
     path, witness = str(tmp_path / 'bad.pth'), tmp_path / 'witness'
     attack = Call(os.system, f'touch {witness}')
     torch.save({'state_dict': {}, 'meta': attack}, path)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(CheckpointError, match='posix.system.*could run code'):
         load_checkpoint(torch.nn.Linear(1, 1), path)
     assert not witness.exists()
     torch.save({'state_dict': {}, 'meta': HistoryBuffer([1.0], [1])}, path)

@@ -154,8 +154,8 @@ def test_normalization_of_another_network(tmp_path, monkeypatch):
     config, _ = build(tmp_path, "type='BCN', num_groups=4")
     path = tmp_path / 'x.pth'
     for state, words in (
-        ({'conv.weight': torch.zeros(1)}, 'is not of the network'),
-        ({'backbone.conv1.weight': torch.zeros(1)}, 'is not of the network'),
+        ({'conv.weight': torch.zeros(1)}, 'is of another network'),
+        ({'backbone.conv1.weight': torch.zeros(1)}, 'is of another network'),
         ({'bn1.pbn.running_mean': torch.zeros(1)}, 'authors.py translates'),
     ):
         torch.save(state, path)

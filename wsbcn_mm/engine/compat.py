@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers._base import NormBase
+from .checkpoint_errors import explained
 
 
 class _Dtype:
@@ -201,17 +202,18 @@ def _declare(entries: list) -> None:
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let MMEngine read its own checkpoints, with torch's safety on."""
-    if not REFUSES_BY_DEFAULT:
-        return
+    """Let MMEngine read its own checkpoints, with torch's safety on.
+
+    Where a checkpoint cannot be read or downloaded, say why in one line.
+    """
     # The one door of testing, resuming, load_from and init_cfg.
     door = checkpoint.CheckpointLoader.load_checkpoint.__func__
     if not hasattr(door, 'reads_mmengine_checkpoints'):
 
         @functools.wraps(door)
-        def load_checkpoint(*args, **kwargs):
-            with mmengine_checkpoints():
-                return door(*args, **kwargs)
+        def load_checkpoint(cls, filename, *args, **kwargs):
+            with mmengine_checkpoints(), explained(filename):
+                return door(cls, filename, *args, **kwargs)
 
         load_checkpoint.reads_mmengine_checkpoints = True
         checkpoint.CheckpointLoader.load_checkpoint = classmethod(

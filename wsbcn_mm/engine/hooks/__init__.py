@@ -7,6 +7,7 @@ from .normalization_monitor import (
     NormalizationMonitor,
     NormalizationMonitorHook,
 )
+from .skip_non_finite import SkipNonFiniteHook
 from .sync_estimates_hook import SyncEstimatesHook
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     'LossScaleHook',
     'NormalizationMonitor',
     'NormalizationMonitorHook',
+    'SkipNonFiniteHook',
     'SyncEstimatesHook',
     'calibrate',
 ]
