@@ -15,12 +15,12 @@ from unittest import mock
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from parity import check
 
 from wsbcn_mm import BCN
 from wsbcn_mm.functional import kernels
-from wsbcn_mm.functional.kernels.parity import (
+from wsbcn_mm.functional.kernels.self_check import (
     TOLERANCE,
-    check,
     check_first_use,
 )
 
@@ -122,6 +122,46 @@ def check_gradient_of_gradient(name):
         torch.testing.assert_close(*results)
 
 
+def check_overflow(name):
+    """A channel that is not finite keeps its estimates, the others do not."""
+    for value in (torch.inf, -torch.inf, torch.nan):
+        # In one tile, and in several.
+        for length, estimate in ((5, True), (5, False), (67, True)):
+            torch.manual_seed(0)
+            x = torch.randn(2, 6, length, length).to(torch.float16)
+            x[1, 4, 2, 3] = value
+            norms = []
+            for module in (kernels.plain, backend(name)):
+                norm = BCN(6, 2, momentum=0.1, estimate=estimate)
+                with kernels.use('cpu', module):
+                    norm(x)
+                norms.append(norm)
+            expected, norm = norms
+            assert norm.running_mean[4] == 0 and norm.running_var[4] == 1
+            assert (norm.running_mean != 0).sum() == 5, norm.running_mean
+            torch.testing.assert_close(
+                [*norm.buffers()], [*expected.buffers()]
+            )
+
+
+def check_many_tiles():
+    """More than ``join_moments`` looks at together, the last one cut off."""
+    from wsbcn_mm.functional.kernels import fused_coefficients
+
+    torch.manual_seed(0)
+    rows, positions = 3, 4
+    length = positions * (2 * fused_coefficients._AT_ONCE + 77) + 1
+    x = torch.randn(rows, length, dtype=torch.float64) * 0.1 + 30
+    tiles = x.split(positions, 1)
+    mean = torch.stack([t.mean(1) for t in tiles], 1)
+    var = torch.stack([t.var(1, correction=0) for t in tiles], 1)
+    joined = torch.empty(2, rows)
+    join = fused_coefficients.joining(rows, length, positions, len(tiles))
+    join(mean.float(), var.float(), *joined)
+    expected = torch.stack([x.mean(1), x.var(1, correction=0)])
+    torch.testing.assert_close(joined.double(), expected, rtol=1e-5, atol=0)
+
+
 def check_layout_of_what_was_saved(name):
     """Hooks, as those that move activations elsewhere, may change it."""
     x = torch.randn(2, 8, 48, 48).contiguous(memory_format=torch.channels_last)
@@ -186,8 +226,10 @@ def check_devices():
         mock.patch.object(torch.cuda, 'device_of', device_of),
         mock.patch.object(kernel_type, 'run', run),
     ):
+        check(fused, *torch.randn(2, 2, 6, 67, 71))
         check_first_use(fused, torch.device('cpu'), torch.float32)
-    assert '_backward' in launched and all(launched.values()), launched
+    assert launched.keys() >= {'_backward', '_whole_backward'}, launched
+    assert all(launched.values()), launched
 
 
 def check_compiled(capability):
@@ -269,6 +311,8 @@ if __name__ == '__main__':
     run(sys.argv[1], 'cpu', 30)
     check_layer(sys.argv[1])
     check_gradient_of_gradient(sys.argv[1])
+    check_overflow(sys.argv[1])
     check_layout_of_what_was_saved(sys.argv[1])
+    check_many_tiles()
     check_launches()
     print('parity holds')

@@ -20,7 +20,7 @@ from .fused_coefficients import (
     InputCoefficients,
     Shares,
     batch_channel,
-    join_moments,
+    joining,
     load,
     place_of_group,
     pulled_back,
@@ -172,12 +172,7 @@ class _Passes:
         self._sums = Launch(_tile_sums, *launch)
         self.affine = Launch(_affine, *launch)
         self.input_grad = Launch(_input_grad, *launch)
-        self._join = Launch(
-            join_moments,
-            self.rows,
-            (length, self.tiles),
-            (width, power_of_2(self.tiles)),
-        )
+        self._join = joining(self.rows, length, width, self.tiles)
 
     def moments(
         self,

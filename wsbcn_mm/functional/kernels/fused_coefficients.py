@@ -313,8 +313,21 @@ def _joined(
     return mean, tl.sum((v + centered * centered) * share, 2)
 
 
+def joining(rows: int, length: int, positions: int, tiles: int) -> Launch:
+    """Return what fills in moments of channels from those of their tiles.
+
+    Args:
+        rows (int): Channels of all samples.
+        length (int): Positions of a channel.
+        positions (int): Positions of a tile.
+        tiles (int): Tiles of a channel.
+    """
+    constants = positions, min(power_of_2(tiles), _AT_ONCE)
+    return Launch(_join_moments, rows, (length, tiles), constants)
+
+
 @kernel('length', 'tiles')
-def join_moments(
+def _join_moments(
     tile_mean,
     tile_var,
     mean,
@@ -322,15 +335,38 @@ def join_moments(
     length,
     tiles,
     POSITIONS: tl.constexpr,
-    TILES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """Fill in the moments of channels from those of their tiles."""
-    row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
-    m, v = _joined(
-        tile_mean, tile_var, row, row >= 0, length, tiles, POSITIONS, TILES
-    )
-    tl.store(mean + row, m)
-    tl.store(var + row, v)
+    """Of a channel, some of its tiles at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    tile_mean += row * tiles
+    tile_var += row * tiles
+    # About one of the tiles' means: they are close to each other.
+    first_mean = tl.load(tile_mean)
+    lane = tl.arange(0, AT_ONCE)
+    zeros = tl.zeros((AT_ONCE,), first_mean.dtype)
+    total = zeros
+    first = tiles * 0  # a tensor, as Triton wants it of a loop
+    while first < tiles:
+        tile = first + lane
+        inside = tile < tiles
+        m = tl.load(tile_mean + tile, inside, other=0)
+        count = tl.minimum(length - tile * POSITIONS, POSITIONS)
+        total += tl.where(inside, (m - first_mean) * count, 0)
+        first += AT_ONCE
+    center = first_mean + tl.sum(total, 0) / length
+    total = zeros
+    first = tiles * 0
+    while first < tiles:
+        tile = first + lane
+        inside = tile < tiles
+        m = tl.load(tile_mean + tile, inside, other=0) - center
+        v = tl.load(tile_var + tile, inside, other=0)
+        count = tl.minimum(length - tile * POSITIONS, POSITIONS)
+        total += tl.where(inside, (v + m * m) * count, 0)
+        first += AT_ONCE
+    tl.store(mean + row, center)
+    tl.store(var + row, tl.sum(total, 0) / length)
 
 
 @triton.jit

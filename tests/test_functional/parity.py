@@ -1,4 +1,4 @@
-"""Does a backend compute what the definition does?"""
+"""Does each function of a backend compute what the definition does?"""
 
 from functools import partial
 from types import ModuleType
@@ -7,41 +7,19 @@ from typing import Callable, List, Tuple
 import torch
 from torch import Tensor
 
-from ..coefficients import batch_statistics, large_batch_channel_coefficients
-from ..estimates import rate_of_forward, updated_estimates
-from ..vjp import autograd_vjp
-from . import plain
-from .layout import memory_format
-from .passes import backward
-
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 3e-5,
-    torch.bfloat16: 1e-2,
-    torch.float16: 2e-3,
-}
-_SHAPES = [(2, 6, 5, 7), (1, 2, 67, 71)]  # the latter in several tiles
-
-
-def check_first_use(
-    backend: ModuleType, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Raise unless a backend works on a device, in both layouts.
-
-    It draws no random numbers: whoever trains with a seed has not asked for
-    this.
-    """
-    for shape in _SHAPES:
-        x, grad = (_waves(shape, step) for step in (1.7, 2.3))
-        x = 2 * x + 1
-        for layout in (torch.contiguous_format, torch.channels_last):
-            check(
-                backend,
-                *(
-                    t.to(device, dtype).contiguous(memory_format=layout)
-                    for t in (x, grad)
-                ),
-            )
+from wsbcn_mm.functional.coefficients import (
+    batch_statistics,
+    large_batch_channel_coefficients,
+)
+from wsbcn_mm.functional.estimates import rate_of_forward, updated_estimates
+from wsbcn_mm.functional.kernels import backward, plain
+from wsbcn_mm.functional.kernels.self_check import (
+    TOLERANCE,
+    check_layout,
+    waves,
+)
+from wsbcn_mm.functional.kernels.self_check import check_close as _close
+from wsbcn_mm.functional.vjp import autograd_vjp
 
 
 def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
@@ -65,7 +43,7 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
     _close('var', got_var, var, small * 10 * bound)
 
     scale, slope, shift = (
-        (_waves(mean.shape, step) / (std + 1e-3)).to(center)
+        (waves(mean.shape, step) / (std + 1e-3)).to(center)
         for step in (0.7, 1.1, 1.9)
     )
     wide_center, wide_scale, wide_slope, wide_shift = (
@@ -78,7 +56,7 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
     size = x_size * wide_scale.abs().max() + wide_shift.abs().max() + 1
     expected = plain.affine(wide, wide_center, wide_scale, wide_shift)
     _close('affine', result, expected, large * size)
-    _is_laid_out(result, x)
+    check_layout(result, x)
 
     sums = backend.reduce(grad, x, center)
     wide_sums = plain.reduce(wide_grad, wide, wide_center)
@@ -96,7 +74,7 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
         + wide_shift.abs().max()
     )
     _close('input_grad', result, expected, large * size)
-    _is_laid_out(result, x)
+    check_layout(result, x)
     _check_batch_channel(backend, x, grad, center, got_var)
     _check_moved_estimates(backend, center, got_var)
     if hasattr(backend, 'batch_channel_forward'):
@@ -120,7 +98,7 @@ def _check_batch_channel(
         )
         inputs = [mean, var, *parameters]
         constants = dict(num_groups=num_groups, eps=1e-5)
-        grads = [_waves(mean.shape, step).to(mean) for step in (1.3, 2.9)]
+        grads = [waves(mean.shape, step).to(mean) for step in (1.3, 2.9)]
         results = []
         for module, dtype, device in (
             (backend, mean.dtype, mean.device),
@@ -167,7 +145,7 @@ def _check_backward(
     size = wide_grad.abs().max() * (scale.abs().max() + 1)
     bound = 3 * TOLERANCE[x.dtype] * (expected[0].abs().max() + size)
     _close('grad of x', got[0], expected[0], bound)
-    _is_laid_out(got[0], x)
+    check_layout(got[0], x)
     size = wide_grad.abs().max() * (deviation.abs().max() + 1)
     size = size * x.numel() / x.shape[1] / 10  # errors of a sum cancel
     for actual, wanted in zip(got[1:], expected[1:]):
@@ -179,7 +157,7 @@ def _check_moved_estimates(
     backend: ModuleType, mean: Tensor, var: Tensor
 ) -> None:
     old_mean, old_var = (
-        (_waves(mean.shape[1:], step) + 1.5).to(mean) for step in (1, 2)
+        (waves(mean.shape[1:], step) + 1.5).to(mean) for step in (1, 2)
     )
     for momentum, annealing in ((None, False), (0.1, False), (0.1, True)):
         for count in (1, 1000):
@@ -271,7 +249,7 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
         # What the mean is rounded by is scaled along.
         size = expected.abs().amax() + scale.abs().amax() * wide.abs().amax()
         _close('forward', result, expected, 3 * TOLERANCE[x.dtype] * size)
-        _is_laid_out(result, x)
+        check_layout(result, x)
         for name, got, wanted in zip(
             ('used_mean', 'used_var', 'running_mean', 'running_var'),
             (*small[2:], *moved),
@@ -333,35 +311,4 @@ def _num_groups(channels: int) -> int:
 def _parameters(channels: int, pairs: int) -> List[Tensor]:
     """Batch weight and bias, weight and bias, and the two estimates."""
     sizes = (channels, channels, pairs, pairs, channels, channels)
-    return [_waves((n,), step) + 1.5 for step, n in enumerate(sizes, 1)]
-
-
-def _waves(shape, step: float) -> Tensor:
-    """Numbers that look random enough, in [-1, 1]."""
-    count = torch.Size(shape).numel()
-    # On the CPU, whatever a `with torch.device(...)` around this says.
-    index = torch.arange(1, count + 1, dtype=torch.float64, device='cpu')
-    return index.mul(step).sin().view(shape)
-
-
-def _close(name: str, actual: Tensor, expected: Tensor, bound) -> None:
-    if actual.shape != expected.shape:
-        raise RuntimeError(
-            f'{name}: shape {tuple(actual.shape)}, expected '
-            f'{tuple(expected.shape)}'
-        )
-    error = (actual.double().cpu() - expected).abs()
-    if not (error <= bound).all():  # NaN is not, either
-        raise RuntimeError(
-            f'{name}: off by up to {error.max():.2g}, '
-            f'{(error / bound).max():.2g} times what rounding allows'
-        )
-
-
-def _is_laid_out(result: Tensor, x: Tensor) -> None:
-    if result.dtype != x.dtype:
-        raise RuntimeError(f'{result.dtype} from {x.dtype}')
-    if result._base is not None:
-        raise RuntimeError('a view, which breaks the ReLU that follows')
-    if memory_format(result) != memory_format(x):
-        raise RuntimeError(f'{memory_format(result)} from {memory_format(x)}')
+    return [waves((n,), step) + 1.5 for step, n in enumerate(sizes, 1)]
