@@ -360,7 +360,7 @@ def test_parity_on_another_gpu_than_the_current_one():
 @needs_cuda
 @pytest.mark.parametrize('name', ['plain', 'cuda', 'fused'])
 def test_parity_on_cuda(name):
-    kernel_parity.run(name, 'cuda', examples=100)
+    kernel_parity.run(name, 'cuda', examples=20)
 
 
 @pytest.fixture
