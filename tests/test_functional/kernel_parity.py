@@ -240,6 +240,31 @@ def check_devices():
     assert all(launched.values()), launched
 
 
+def check_asked_once(capability):
+    """Triton looks at nothing again, whatever the number of channels."""
+    from wsbcn_mm.functional.kernels.launch import Launch
+
+    importlib.import_module('_stand_in').install(capability)
+    asked, ask = [], Launch._ask_triton
+
+    def asking(launch, *arguments):
+        asked.append(launch.kernel.jit.fn.__name__)
+        return ask(launch, *arguments)
+
+    with (
+        mock.patch.object(Launch, '_ask_triton', asking),
+        kernels.use('cpu', backend('fused')),
+    ):
+        for shape in ((1, 18, 5, 7), (1, 18, 96, 96), (3, 3, 5, 5)):
+            norm = BCN(shape[1], 3)
+            for expected in (True, False):
+                asked.clear()
+                for mode in (True, False):
+                    y = norm.train(mode)(torch.ones(shape).requires_grad_())
+                    y.sum().backward()
+                assert bool(asked) == expected, (shape, asked)
+
+
 def check_compiled(capability):
     """What is launched again is what Triton would choose."""
     from triton.compiler import CompiledKernel

@@ -13,12 +13,10 @@ from wsbcn_mm.functional.coefficients import (
 )
 from wsbcn_mm.functional.estimates import rate_of_forward, updated_estimates
 from wsbcn_mm.functional.kernels import backward, plain
-from wsbcn_mm.functional.kernels.self_check import (
-    TOLERANCE,
-    check_layout,
-    waves,
-)
+from wsbcn_mm.functional.kernels.self_check import TOLERANCE
 from wsbcn_mm.functional.kernels.self_check import check_close as _close
+from wsbcn_mm.functional.kernels.self_check import check_layout as _is_laid_out
+from wsbcn_mm.functional.kernels.self_check import waves as _waves
 from wsbcn_mm.functional.vjp import autograd_vjp
 
 
@@ -43,7 +41,7 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
     _close('var', got_var, var, small * 10 * bound)
 
     scale, slope, shift = (
-        (waves(mean.shape, step) / (std + 1e-3)).to(center)
+        (_waves(mean.shape, step) / (std + 1e-3)).to(center)
         for step in (0.7, 1.1, 1.9)
     )
     wide_center, wide_scale, wide_slope, wide_shift = (
@@ -56,7 +54,7 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
     size = x_size * wide_scale.abs().max() + wide_shift.abs().max() + 1
     expected = plain.affine(wide, wide_center, wide_scale, wide_shift)
     _close('affine', result, expected, large * size)
-    check_layout(result, x)
+    _is_laid_out(result, x)
 
     sums = backend.reduce(grad, x, center)
     wide_sums = plain.reduce(wide_grad, wide, wide_center)
@@ -74,7 +72,7 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
         + wide_shift.abs().max()
     )
     _close('input_grad', result, expected, large * size)
-    check_layout(result, x)
+    _is_laid_out(result, x)
     _check_batch_channel(backend, x, grad, center, got_var)
     _check_moved_estimates(backend, center, got_var)
     if hasattr(backend, 'batch_channel_forward'):
@@ -98,7 +96,7 @@ def _check_batch_channel(
         )
         inputs = [mean, var, *parameters]
         constants = dict(num_groups=num_groups, eps=1e-5)
-        grads = [waves(mean.shape, step).to(mean) for step in (1.3, 2.9)]
+        grads = [_waves(mean.shape, step).to(mean) for step in (1.3, 2.9)]
         results = []
         for module, dtype, device in (
             (backend, mean.dtype, mean.device),
@@ -145,7 +143,7 @@ def _check_backward(
     size = wide_grad.abs().max() * (scale.abs().max() + 1)
     bound = 3 * TOLERANCE[x.dtype] * (expected[0].abs().max() + size)
     _close('grad of x', got[0], expected[0], bound)
-    check_layout(got[0], x)
+    _is_laid_out(got[0], x)
     size = wide_grad.abs().max() * (deviation.abs().max() + 1)
     size = size * x.numel() / x.shape[1] / 10  # errors of a sum cancel
     for actual, wanted in zip(got[1:], expected[1:]):
@@ -157,7 +155,7 @@ def _check_moved_estimates(
     backend: ModuleType, mean: Tensor, var: Tensor
 ) -> None:
     old_mean, old_var = (
-        (waves(mean.shape[1:], step) + 1.5).to(mean) for step in (1, 2)
+        (_waves(mean.shape[1:], step) + 1.5).to(mean) for step in (1, 2)
     )
     for momentum, annealing in ((None, False), (0.1, False), (0.1, True)):
         for count in (1, 1000):
@@ -249,7 +247,7 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
         # What the mean is rounded by is scaled along.
         size = expected.abs().amax() + scale.abs().amax() * wide.abs().amax()
         _close('forward', result, expected, 3 * TOLERANCE[x.dtype] * size)
-        check_layout(result, x)
+        _is_laid_out(result, x)
         for name, got, wanted in zip(
             ('used_mean', 'used_var', 'running_mean', 'running_var'),
             (*small[2:], *moved),
@@ -311,4 +309,4 @@ def _num_groups(channels: int) -> int:
 def _parameters(channels: int, pairs: int) -> List[Tensor]:
     """Batch weight and bias, weight and bias, and the two estimates."""
     sizes = (channels, channels, pairs, pairs, channels, channels)
-    return [waves((n,), step) + 1.5 for step, n in enumerate(sizes, 1)]
+    return [_waves((n,), step) + 1.5 for step, n in enumerate(sizes, 1)]

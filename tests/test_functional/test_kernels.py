@@ -130,6 +130,7 @@ def test_parity_of_triton_kernels_in_the_interpreter():
 
 @needs_triton
 def test_triton_is_asked_once_for_each_kind_of_launch():
+    python('-c', 'import kernel_parity as k; k.check_asked_once(90)')
     python('-c', 'import kernel_parity as k; k.check_compiled(90)')
 
 

@@ -5,6 +5,7 @@ PyTorch's operations they are some forty launches of a few microseconds of
 arithmetic each, which is what a small layer would spend its time on.
 """
 
+import math
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import triton
@@ -12,7 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .closed_form import Gradient
-from .launch import Launch, kernel, on_its_device, planned, power_of_2
+from .launch import (
+    Buffer,
+    Launch,
+    kernel,
+    on_its_device,
+    planned,
+    power_of_2,
+)
 
 # Numbers of a kind in a program's registers. A backward pass has more kinds.
 _AT_ONCE = 1024
@@ -35,32 +43,37 @@ def batch_channel(
         for t in (mean, var, *parameters, running_mean, running_var)
     ]
     mean, var, *parameters, running_mean, running_var = given
-    forward, backward, shares = _both_ways(
+    forward, backward, shares, pair = _both_ways(
         *given, settings=(num_groups, eps, parameters[2].numel())
     )
-    scale, shift = mean.new_empty(2, *mean.shape)
+    scale, shift = pair.allocate(mean, mean.dtype)
     estimates = running_mean, running_var
     forward((mean, var), (mean, var, scale, shift), estimates, parameters)
 
     @on_its_device
     def pull_back(grad_scale: Tensor, grad_shift: Tensor):
-        grad_mean, grad_var = mean.new_empty(2, *mean.shape)
+        grad_mean, grad_var = pair.allocate(mean, mean.dtype)
         room = shares.room(mean)
         backward(
             *(mean, var, *estimates, *parameters[:3]),
             *(grad_scale.contiguous(), grad_shift.contiguous()),
             *(grad_mean, grad_var, room),
         )
-        return grad_mean, grad_var, *shares.summed(room)
+        return (
+            grad_mean.view_as(mean),
+            grad_var.view_as(mean),
+            *shares.summed(room),
+        )
 
-    return scale, shift, pull_back
+    return scale.view_as(mean), shift.view_as(mean), pull_back
 
 
 @planned
 def _both_ways(shape, dtype, is_contiguous, *settings):
     groups = Groups(*shape, *settings)
     backward = Launch(_backward, *groups.each_of_samples())
-    return Coefficients(groups), backward, Shares(groups)
+    pair = Buffer([math.prod(shape)] * 2)
+    return Coefficients(groups), backward, Shares(groups), pair
 
 
 class Groups(NamedTuple):
