@@ -104,7 +104,9 @@ def _standardize(
     backend: ModuleType, weight: Tensor, grad: Tensor
 ) -> Dict[str, Tensor]:
     """Return a standardized weight and the gradient of the weight."""
-    result, pull_back = backend.standardize_weight(weight, 1e-5, grad.dtype)
+    result, pull_back = backend.standardize_weight(
+        weight, 0.0, 1e-5, grad.dtype
+    )
     return {'weight': result, 'grad of a weight': pull_back(grad)}
 
 
