@@ -252,11 +252,11 @@ def drive(*steps, cwd, **environment):
 
 def test_a_step_of_the_driver(tmp_path):
     """From anywhere, without an installed package, into one archive."""
-    done = drive('conv_ws', 'tune', cwd=tmp_path, OUT=str(tmp_path))
+    done = drive('conv_ws', 'tune', cwd=tmp_path, OUT='out')
     assert done.returncode == 0, done.stdout
     assert '== conv_ws: exit 0' in done.stdout
     assert '== tune left out: it needs a GPU' in done.stdout
-    with tarfile.open(tmp_path / 'results.tgz') as tar:
+    with tarfile.open(tmp_path / 'out' / 'results.tgz') as tar:
         assert {'conv_ws.json', 'conv_ws.log'} <= set(tar.getnames())
 
 

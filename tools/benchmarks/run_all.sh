@@ -3,7 +3,7 @@
 #
 #   bash tools/benchmarks/run_all.sh               # the GPU if there is one
 #   bash tools/benchmarks/run_all.sh smoke layers  # some steps
-#   DEVICE=cpu bash tools/benchmarks/run_all.sh    # about 10 minutes on 2 cores
+#   DEVICE=cpu bash tools/benchmarks/run_all.sh
 #
 # On a GPU every step has a limit, about 15 minutes in all. A step writes what
 # it knows as it goes, so one that is cut off has lost nothing. Results, logs
@@ -15,18 +15,18 @@
 # torchvision's take their place. WHEELS=folder installs what lies there, for
 # this run alone: a machine that reaches no registry brings its own.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
-out=${OUT:-work_dirs/benchmarks}
+root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../..")
+out=$(realpath -m "${OUT:-$root/work_dirs/benchmarks}")
+wheels=${WHEELS:+$(realpath "$WHEELS")}
 mkdir -p "$out"
-out=$(cd "$out" && pwd)
+cd "$root"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-if [ -n "${WHEELS:-}" ]; then
+if [ -n "$wheels" ]; then
     site=${SITE:-$HOME/.cache/wsbcn_mm_site}
     if ! [ -d "$site" ]; then
         "$python" -m pip install --quiet --no-index --no-deps --no-compile \
-            --target "$site.new" "$WHEELS"/*.whl || exit 1
+            --target "$site.new" "$wheels"/*.whl || exit 1
         mv "$site.new" "$site"
     fi
     PYTHONPATH=$PYTHONPATH:$site
@@ -101,7 +101,9 @@ for name in "${@:-${all[@]}}"; do
         fi
         ;;
     memcheck)
-        if on_gpu memcheck && command -v compute-sanitizer >/dev/null; then
+        if ! command -v compute-sanitizer >/dev/null; then
+            echo '== memcheck left out: there is no compute-sanitizer'
+        elif on_gpu memcheck; then
             step memcheck 60 compute-sanitizer --tool memcheck "$python" \
                 tools/benchmarks/smoke.py --out "$out/memcheck" check
         fi
