@@ -234,7 +234,7 @@ def check_devices():
         mock.patch.object(torch.cuda, 'device_of', device_of),
         mock.patch.object(kernel_type, 'run', run),
     ):
-        check(fused, *torch.randn(2, 2, 6, 67, 71))
+        check(fused, *torch.randn(2, 1, 2, 67, 71))
         check_first_use(fused, torch.device('cpu'), torch.float32)
     assert launched.keys() >= {'_backward', '_whole_backward'}, launched
     assert all(launched.values()), launched

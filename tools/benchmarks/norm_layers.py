@@ -98,11 +98,6 @@ def variants(device, channels):
         )
 
 
-def names(device):
-    """Names of all variants on a device."""
-    return [*LAYERS, 'BCN', *(f'BCN [{b}]' for b in BACKENDS[device])]
-
-
 def step(layer, kernel, x, dtype, device):
     """Forward alone, and forward and backward."""
     autocast = (
@@ -228,11 +223,12 @@ def main(argv=None):
     )
     args = options.parse_args(argv)
     on_cuda = args.device == 'cuda'
-    args.layers = args.layers or (CUDA_LAYERS if on_cuda else names('cpu'))
-    if not {BASELINE, 'BCN'} <= set(args.layers) <= set(names(args.device)):
+    known = [name for name, _, _ in variants(args.device, 64)]
+    args.layers = args.layers or (CUDA_LAYERS if on_cuda else known)
+    if not {BASELINE, 'BCN'} <= set(args.layers) <= set(known):
         options.error(
             f'--layers {args.layers}: expected {BASELINE}, BCN and others of '
-            f'{names(args.device)}'
+            f'{known}'
         )
     begin(args)
     args.bandwidth = copy_bandwidth(args)
