@@ -269,12 +269,12 @@ def test_metafiles_list_the_configs():
 
 def check_form(model) -> None:
     """WS where a normalization follows, and nowhere else."""
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
+    norms = [
+        m for m in model.modules() if isinstance(m, (BCN, torch.nn.GroupNorm))
+    ]
     standardized = [m for m in model.modules() if isinstance(m, ConvWS)]
     assert norms and standardized
-    assert not any(
-        isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()
-    )
+    assert not any(type(m) is torch.nn.BatchNorm2d for m in model.modules())
     plain = {
         name
         for name, m in model.named_modules()

@@ -86,10 +86,10 @@ def run(name, device, examples, dtypes=tuple(TOLERANCE)):
 def check_layer(name, device='cpu'):
     """Two steps of a BCN, and one in evaluation, as with the definition."""
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 4e-2)):
-        _check_layer(name, device, dtype, tolerance, 7, momentum=0.1)
-        _check_layer(
-            name, device, dtype, tolerance, 7, momentum=0.1, estimate=False
-        )
+        for arguments in ({}, dict(estimate=False), dict(grad_averaging=5)):
+            _check_layer(
+                name, device, dtype, tolerance, 7, momentum=0.1, **arguments
+            )
     # Where a fourth sample, of zeros, would be divided by zero.
     _check_layer(name, device, torch.float32, 1e-3, 33, momentum=0.0, eps=0.0)
 

@@ -12,6 +12,11 @@ from wsbcn_mm.functional.coefficients import (
     large_batch_channel_coefficients,
 )
 from wsbcn_mm.functional.estimates import rate_of_forward, updated_estimates
+from wsbcn_mm.functional.gradient_statistics import (
+    fitted,
+    join_statistics,
+    pool_statistics,
+)
 from wsbcn_mm.functional.kernels import backward, plain
 from wsbcn_mm.functional.kernels.self_check import TOLERANCE
 from wsbcn_mm.functional.kernels.self_check import check_close as _close
@@ -126,6 +131,62 @@ def _check_batch_channel(
         if got is not None:
             # The definition was the last of the two.
             _check_backward(got, x, grad, mean, scale, pull_back)
+        if got is None or not getattr(backend, 'averages_gradients', False):
+            continue
+        history = _waves((4, channels), 2.1) + 1.5
+        averages = [Average(history, 0.3) for _ in range(2)]
+        got = backend.batch_channel_backward(
+            grad,
+            x,
+            *inputs,
+            running_mean=running_mean,
+            running_var=running_var,
+            average=averages[0],
+            **constants,
+        )
+        wide = [t.double().cpu() for t in (mean, var)]
+        length = max(x[0, 0].numel(), 1)
+        settings = dict(eps=1e-5, length=length, average=averages[1])
+        _check_backward(
+            got,
+            x,
+            grad,
+            mean,
+            scale,
+            fitted(pull_back, scale, *wide, **settings),
+        )
+        for actual, wanted in zip(*(a.updates for a in averages)):
+            bound = 3 * TOLERANCE[mean.dtype] * (1 + wanted.abs().max())
+            _close('gradient statistics', actual, wanted, bound)
+
+
+class Average:
+    """What a gradient is fitted to besides: a layer's, without a layer.
+
+    Args:
+        history (Tensor): Statistics of calls before, shape (4, C), float64.
+        share (float): Of them in all.
+    """
+
+    is_local = True
+
+    def __init__(self, history: Tensor, share: float):
+        self._history = history, history.new_tensor(share)
+        self.updates = []
+
+    def history(self, dtype: torch.dtype) -> Tuple[Tensor, ...]:
+        return tuple(t.to(dtype) for t in self._history)
+
+    def update(self, *statistics: Tensor) -> None:
+        self.updates += statistics
+
+    def __call__(self, statistics: Tensor) -> Tensor:
+        even = statistics.new_full((len(statistics),), 1 / len(statistics))
+        present = pool_statistics(statistics, even)
+        history, share = self.history(present.dtype)
+        joined = join_statistics(history, present, share)
+        self.update(present, joined)
+        return joined
 
 
 def _check_backward(

@@ -27,7 +27,9 @@ def train(rank, dtypes, norm_eval):
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Sequential(ConvWS(3, 8, 3), SyncBCN(8, 4, momentum=0.1)),
-        nn.Sequential(ConvWS(8, 8, 3), BCN(8, 4, momentum=0.1)),
+        nn.Sequential(
+            ConvWS(8, 8, 3), BCN(8, 4, momentum=0.1, grad_averaging=4)
+        ),
         nn.Sequential(nn.Conv2d(8, 8, 3), BGN(8, 4)),
         nn.Sequential(nn.Conv2d(8, 8, 1), MABN(8, 2, 4)),
     )
@@ -59,6 +61,8 @@ def test_statistics_are_shared_or_own(processes, dtypes):
     for name, buffer in first.items():
         if 'num_batches_tracked' in name:
             assert buffer == second[name] == 3
+        elif 'grad_images' in name:
+            assert buffer.tolist() == [2, 4, 6]
         elif 'running_var' in name:
             assert buffer.dtype == torch.float32
             is_synchronized = name.startswith('_fsdp_wrapped_module.0')

@@ -40,7 +40,7 @@ def test_norm_layers(benchmark):
         'norm_layers', '--dtypes', 'float32', 'bfloat16', '--layouts',
         'contiguous', 'channels_last',
     )  # fmt: skip
-    assert len(results) == 10 * 2 * 2 * 2
+    assert len(results) == 12 * 2 * 2 * 2
     by_layer = {
         r['layer']: r
         for r in results

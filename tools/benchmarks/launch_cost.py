@@ -54,6 +54,14 @@ LAYERS = {
     'BatchNorm': (SMALL, lambda: nn.BatchNorm2d(CHANNELS)),
     'BCN, small map': (SMALL, lambda: BCN(CHANNELS)),
     'BCN, large map': (LARGE, lambda: BCN(CHANNELS)),
+    'BCN, grad_averaging=0.05': (
+        SMALL,
+        lambda: BCN(CHANNELS, grad_averaging=0.05),
+    ),
+    'BCN, grad_averaging=16': (
+        SMALL,
+        lambda: BCN(CHANNELS, grad_averaging=16),
+    ),
     'BCN, estimate=False': (PAIR, lambda: BCN(CHANNELS, estimate=False)),
     'BGN': (PAIR, lambda: BGN(CHANNELS, 8)),
     'MABN': (PAIR, lambda: MABN(CHANNELS, 2, 16)),

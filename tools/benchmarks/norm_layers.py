@@ -87,6 +87,9 @@ def variants(device, channels):
     for name, layer in LAYERS.items():
         yield name, layer(channels), nullcontext
     yield 'BCN', BCN(channels), nullcontext
+    for averaging in (0.05, 16):
+        layer = BCN(channels, grad_averaging=averaging)
+        yield f'BCN, grad_averaging={averaging}', layer, nullcontext
     for backend in BACKENDS[device]:
         module = importlib.import_module(
             f'wsbcn_mm.functional.kernels.{backend}'

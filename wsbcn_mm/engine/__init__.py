@@ -4,6 +4,7 @@ from .config import micro_batch_model
 from .hooks import (
     CalibrateEstimatesHook,
     ExactResumeHook,
+    LossScaleHook,
     NormalizationMonitorHook,
     SyncEstimatesHook,
     calibrate,
@@ -13,6 +14,7 @@ from .update_rate import update_rate
 __all__ = [
     'CalibrateEstimatesHook',
     'ExactResumeHook',
+    'LossScaleHook',
     'NormalizationMonitorHook',
     'SyncEstimatesHook',
     'calibrate',

@@ -6,6 +6,7 @@ from .bgn import BGN
 from .cen_conv import CenConv
 from .conv_wn import ConvCWN, ConvWN
 from .conv_ws import ConvWS, ConvWS1d, ConvWS3d
+from .gradient_averaging import set_loss_scale
 from .mabn import MABN
 from .sync_bcn import SyncBCN
 
@@ -20,4 +21,5 @@ __all__ = [
     'ConvWS1d',
     'ConvWS3d',
     'SyncBCN',
+    'set_loss_scale',
 ]

@@ -1,3 +1,4 @@
+import math
 import warnings
 from typing import Optional, Tuple, Union
 
@@ -6,9 +7,9 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import (
-    BatchChannelCoefficients,
     LargeBatchChannelCoefficients,
     learn_and_normalize,
+    micro_batch_coefficients,
     moments,
     normalize,
 )
@@ -20,11 +21,12 @@ from ._base import (
 )
 from .batch import Batch, batch_of, shared_group
 from .checkpoint_layouts import translate_to_bcn
+from .gradient_averaging import GradientAveraging, check_grad_averaging
 from .running_statistics import RunningStatistics
 
 
 @MODELS.register_module(name='BCN', force=True)
-class BCN(RunningStatistics, NormBase):
+class BCN(GradientAveraging, RunningStatistics, NormBase):
     r"""Batch-Channel Normalization, for batches of any size down to one image.
 
     A channel is normalized first with batch statistics, then, together with
@@ -42,6 +44,21 @@ class BCN(RunningStatistics, NormBase):
     ``estimate=False`` (large batch) they are the batch's own mean and
     variance in training, and running averages in evaluation, as in
     :class:`torch.nn.BatchNorm2d`.
+
+    With ``grad_averaging`` the gradient through estimates is Batch
+    Normalization's, over the images that the layer saw lately. With g the
+    gradient that constant estimates would give,
+
+    .. math::
+        \frac{\partial L}{\partial x} = g - \alpha - \beta x, \qquad
+        \beta = \frac{\mathrm{cov}(g, x)}{\mathrm{var}(x) + \epsilon},
+        \qquad \alpha = \mathrm{mean}(g) - \beta\, \mathrm{mean}(x)
+
+    where mean, variance and covariance of a channel are over the last images
+    and the present ones. So the gradient has no part along a shift or a
+    scaling of the channel in these images, however far behind the estimates
+    are. With the images of a batch, and estimates equal to its statistics,
+    it is the gradient of ``estimate=False``.
 
     From `Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization <https://arxiv.org/abs/1903.10520>`_. Use it with
@@ -77,12 +94,22 @@ class BCN(RunningStatistics, NormBase):
             rate r does in 1 / r forwards. ``micro_batch_model`` and
             ``convert_to_micro_batch`` choose it along with the rate. Loaded
             estimates go on where they were. Default: False
+        grad_averaging (int | float | None): Which images the gradient through
+            the estimates is over, in training mode with ``estimate=True``. An
+            int K: the last K. A float q between 0 and 1: all of them,
+            averaged exponentially at the rate q of an image. Default: None,
+            for estimates that are constants
 
     Attributes:
         weight, bias (Parameter): :math:`\gamma, \beta`, the output affine.
         batch_weight, batch_bias (Parameter): :math:`\gamma^b, \beta^b`.
         running_mean, running_var (Tensor): :math:`\mu, \sigma^2`.
         num_batches_tracked (Tensor): Number of training forwards.
+        grad_statistics (Tensor): What ``grad_averaging`` remembers: mean and
+            variance of x, mean of g and covariance, of the last calls, shape
+            (K - 1, 4, C), or of all, shape (1, 4, C).
+        grad_images (Tensor): How many images had come after each call.
+        loss_scale (float | Tensor | None): See :func:`set_loss_scale`.
 
     Shape:
         - Input: :math:`(N, C, *)`, 3 to 5 dimensions; float64, float32,
@@ -94,6 +121,15 @@ class BCN(RunningStatistics, NormBase):
             number of channels or of dimensions, or in training with
             ``estimate=False`` if a channel has a single value over the batch.
         TypeError: If an argument or the input is of another type.
+        RuntimeError: With ``grad_averaging``, for a gradient of a gradient
+            or a ``torch.func`` transform in training mode.
+
+    .. note::
+        ``grad_averaging`` takes calls in the order of their backward passes,
+        and every call counts the same, of however many images. A call with an
+        infinite or NaN gradient leaves nothing behind, nor does one without
+        images or without a backward pass. The forward of activation
+        checkpointing that is done again is no call of its own.
 
     Example:
         >>> norm = BCN(64, momentum=0.01 / 16, momentum_annealing=True)
@@ -112,6 +148,7 @@ class BCN(RunningStatistics, NormBase):
         estimate: bool = True,
         channel_affine: str = 'group',
         momentum_annealing: bool = False,
+        grad_averaging: Union[int, float, None] = None,
         device=None,
         dtype=None,
     ):
@@ -155,6 +192,14 @@ class BCN(RunningStatistics, NormBase):
         self.batch_weight = nn.Parameter(torch.empty(num_features, **factory))
         self.batch_bias = nn.Parameter(torch.empty(num_features, **factory))
         self._register_estimates(num_features, **factory)
+        grad_averaging = check_grad_averaging(name, grad_averaging)
+        if grad_averaging is not None and not estimate:
+            raise ValueError(
+                f'{name}: grad_averaging={grad_averaging} is for '
+                'estimate=True; with estimate=False the gradient is that of '
+                "the batch's own statistics"
+            )
+        self._register_grad_statistics(grad_averaging, num_features, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -205,6 +250,7 @@ class BCN(RunningStatistics, NormBase):
             y = learn_and_normalize(
                 x,
                 *parameters,
+                average=self._grad_average(x, Batch(x)),
                 running_mean=self.running_mean,
                 running_var=self.running_var,
                 estimate=self.estimate,
@@ -215,7 +261,7 @@ class BCN(RunningStatistics, NormBase):
                 return y
         mean, var = moments(x)
         batch = coefficients = estimates = None
-        if learning or of_batch:
+        if learning or of_batch or self.is_fitting:
             batch = batch_of(self, x, mean, var)
         if batch and learning:
             estimates = self._update(batch, mean, var)
@@ -224,8 +270,11 @@ class BCN(RunningStatistics, NormBase):
                 statistics=batch.statistics, **settings
             )
         if coefficients is None:
-            coefficients = BatchChannelCoefficients(
-                *(estimates or self._estimates(mean.dtype)), **settings
+            coefficients = micro_batch_coefficients(
+                *(estimates or self._estimates(mean.dtype)),
+                average=self._grad_average(x, batch),
+                length=max(math.prod(x.shape[2:]), 1),
+                **settings,
             )
         return normalize(x, mean, var, coefficients, *parameters)
 
@@ -251,9 +300,15 @@ class BCN(RunningStatistics, NormBase):
             f'estimate={self.estimate}, '
             f'channel_affine={self.channel_affine!r}, '
             f'momentum_annealing={self.momentum_annealing}'
+            + (
+                f', grad_averaging={self.grad_averaging}'
+                if self.grad_averaging is not None
+                else ''
+            )
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         translate_to_bcn(self, state_dict, prefix)
+        self._fit_grad_statistics(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._trust_estimates()

@@ -10,6 +10,7 @@ from ..functional import moments, moving_average_coefficients, normalize
 from ..functional.kernels import statistics_dtype
 from ._base import NormBase, check_count, check_momentum, in_backward
 from .batch import batch_of
+from .gradient_averaging import RemembersGradients, store
 
 # As in the authors' code, the ratio r stays within this factor.
 RATIO_LIMIT = 5.0
@@ -31,7 +32,7 @@ class _Call(NamedTuple):
 
 
 @MODELS.register_module(name='MABN', force=True)
-class MABN(NormBase):
+class MABN(RemembersGradients, NormBase):
     r"""Moving Average Batch Normalization, for small batches.
 
     It stabilizes all that Batch Normalization takes from a batch by a moving
@@ -101,10 +102,9 @@ class MABN(NormBase):
         in a head that sees proposals. An empty one does not count.
 
     .. note::
-        ``buffer_gz`` holds gradients of the loss as it is scaled. Where
-        dynamic loss scaling (float16) changes the scale, what the last
-        batches left is off by that factor until they are gone. A batch with
-        an infinite or NaN statistic leaves none.
+        ``buffer_gz`` holds gradients of the loss. Where dynamic loss scaling
+        (float16) changes their scale, say so: :func:`set_loss_scale`. A batch
+        with an infinite or NaN statistic leaves none.
 
     Example:
         >>> norm = MABN(64, batch_size=2, simulated_batch_size=16)
@@ -229,8 +229,10 @@ class MABN(NormBase):
         def average(psi_sum: Tensor) -> Tensor:
             psi = batch.sum(psi_sum) / batch.num_positions
             with torch.no_grad():
-                _store(self.buffer_gz, call.slot, psi, batch.is_filled)
+                good = psi.isfinite() & (batch.is_filled > 0)
+                store(self.buffer_gz, call.slot, self.unscaled(psi), good)
                 buffered = self.buffer_gz.mean(0, dtype=psi.dtype)
+                buffered = self.scaled(buffered)
             return torch.where(call.averaging, buffered, psi)
 
         return normalize(
@@ -257,7 +259,8 @@ class MABN(NormBase):
         iters = self.num_batches_tracked.clone()
         size = len(self.buffer_x2)
         slot = iters % size
-        _store(self.buffer_x2, slot, batch_square, is_filled)
+        good = batch_square.isfinite() & (is_filled > 0)
+        store(self.buffer_x2, slot, batch_square, good)
         averaging = (iters > size) & (iters >= self.warmup_iters)
         mean_square = torch.where(
             averaging, self.buffer_x2.mean(0, dtype=dtype), batch_square
@@ -340,12 +343,3 @@ class MABN(NormBase):
             state_dict[own['num_batches_tracked']] = var.new_zeros(
                 (), dtype=torch.long
             )
-
-
-def _store(buffer: Tensor, slot: Tensor, value: Tensor, is_filled) -> None:
-    """Put a batch's statistic in its slot, where it is a number."""
-    good = value.isfinite() & torch.as_tensor(is_filled).bool()
-    slot = slot.view(1)
-    old = buffer.index_select(0, slot)
-    value = value.detach().to(buffer.dtype)
-    buffer.index_copy_(0, slot, torch.where(good, value, old))

@@ -15,10 +15,13 @@ class SyncBCN(BCN):
     With ``estimate=True`` a training forward costs one small gathering of
     moments (2 C + 2 numbers from each process), and the backward pass costs
     no communication, since estimates carry no gradient. With
-    ``estimate=False`` the backward pass takes one small reduction, as in
+    ``grad_averaging``, which is over the images of all processes, the
+    backward pass costs one small gathering (4 C numbers from each). With
+    ``estimate=False`` it takes one small reduction, as in
     :class:`torch.nn.SyncBatchNorm`. Every process must run the layer, and
-    with ``estimate=False`` its backward, as often as the others. Evaluation
-    and frozen estimates communicate nothing, nor does a single process.
+    with ``grad_averaging`` or ``estimate=False`` its backward, as often as
+    the others. Evaluation and frozen estimates communicate nothing, nor does
+    a single process.
 
     Gradients are those of the sum of the processes' losses: the input's as
     they are, a parameter's once summed over processes. DistributedDataParallel

@@ -2,6 +2,7 @@
 
 from .calibrate import CalibrateEstimatesHook, calibrate
 from .exact_resume import ExactResumeHook
+from .loss_scale_hook import LossScaleHook
 from .normalization_monitor import (
     NormalizationMonitor,
     NormalizationMonitorHook,
@@ -11,6 +12,7 @@ from .sync_estimates_hook import SyncEstimatesHook
 __all__ = [
     'CalibrateEstimatesHook',
     'ExactResumeHook',
+    'LossScaleHook',
     'NormalizationMonitor',
     'NormalizationMonitorHook',
     'SyncEstimatesHook',
