@@ -135,7 +135,7 @@ def check_bash(arguments):
 
 
 def check_pip(arguments):
-    if arguments[0] != 'install':
+    if arguments[0] not in ('install', 'download'):
         raise AssertionError(f'pip {arguments}')
     text = (ROOT / 'pyproject.toml').read_text()
     for argument in arguments:

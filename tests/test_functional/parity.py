@@ -1,4 +1,4 @@
-"""Does a backend compute what the definition does?"""
+"""Does each function of a backend compute what the definition does?"""
 
 from functools import partial
 from types import ModuleType
@@ -7,42 +7,22 @@ from typing import Callable, List, Tuple
 import torch
 from torch import Tensor
 
-from ..coefficients import batch_statistics, large_batch_channel_coefficients
-from ..estimates import rate_of_forward, updated_estimates
-from ..gradient_statistics import fitted, join_statistics, pool_statistics
-from ..vjp import autograd_vjp
-from . import plain
-from .layout import memory_format
-from .passes import backward
-
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 3e-5,
-    torch.bfloat16: 1e-2,
-    torch.float16: 2e-3,
-}
-_SHAPES = [(2, 6, 5, 7), (1, 2, 67, 71)]  # the latter in several tiles
-
-
-def check_first_use(
-    backend: ModuleType, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Raise unless a backend works on a device, in both layouts.
-
-    It draws no random numbers: whoever trains with a seed has not asked for
-    this.
-    """
-    for shape in _SHAPES:
-        x, grad = (_waves(shape, step) for step in (1.7, 2.3))
-        x = 2 * x + 1
-        for layout in (torch.contiguous_format, torch.channels_last):
-            check(
-                backend,
-                *(
-                    t.to(device, dtype).contiguous(memory_format=layout)
-                    for t in (x, grad)
-                ),
-            )
+from wsbcn_mm.functional.coefficients import (
+    batch_statistics,
+    large_batch_channel_coefficients,
+)
+from wsbcn_mm.functional.estimates import rate_of_forward, updated_estimates
+from wsbcn_mm.functional.gradient_statistics import (
+    fitted,
+    join_statistics,
+    pool_statistics,
+)
+from wsbcn_mm.functional.kernels import backward, plain
+from wsbcn_mm.functional.kernels.self_check import TOLERANCE
+from wsbcn_mm.functional.kernels.self_check import check_close as _close
+from wsbcn_mm.functional.kernels.self_check import check_layout as _is_laid_out
+from wsbcn_mm.functional.kernels.self_check import waves as _waves
+from wsbcn_mm.functional.vjp import autograd_vjp
 
 
 def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
@@ -391,34 +371,3 @@ def _parameters(channels: int, pairs: int) -> List[Tensor]:
     """Batch weight and bias, weight and bias, and the two estimates."""
     sizes = (channels, channels, pairs, pairs, channels, channels)
     return [_waves((n,), step) + 1.5 for step, n in enumerate(sizes, 1)]
-
-
-def _waves(shape, step: float) -> Tensor:
-    """Numbers that look random enough, in [-1, 1]."""
-    count = torch.Size(shape).numel()
-    # On the CPU, whatever a `with torch.device(...)` around this says.
-    index = torch.arange(1, count + 1, dtype=torch.float64, device='cpu')
-    return index.mul(step).sin().view(shape)
-
-
-def _close(name: str, actual: Tensor, expected: Tensor, bound) -> None:
-    if actual.shape != expected.shape:
-        raise RuntimeError(
-            f'{name}: shape {tuple(actual.shape)}, expected '
-            f'{tuple(expected.shape)}'
-        )
-    error = (actual.double().cpu() - expected).abs()
-    if not (error <= bound).all():  # NaN is not, either
-        raise RuntimeError(
-            f'{name}: off by up to {error.max():.2g}, '
-            f'{(error / bound).max():.2g} times what rounding allows'
-        )
-
-
-def _is_laid_out(result: Tensor, x: Tensor) -> None:
-    if result.dtype != x.dtype:
-        raise RuntimeError(f'{result.dtype} from {x.dtype}')
-    if result._base is not None:
-        raise RuntimeError('a view, which breaks the ReLU that follows')
-    if memory_format(result) != memory_format(x):
-        raise RuntimeError(f'{memory_format(result)} from {memory_format(x)}')
