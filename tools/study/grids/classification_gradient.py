@@ -5,7 +5,7 @@ _base_ = './classification.py'
 common = dict(lr=0.1)
 bcn = dict(method=['BCN', 'BCN+WS'], images=1)
 blocks = [dict(bcn, grad_averaging=0.05), bcn]
-seeds = [5, 6, 7, 8, 9]
+seeds = list(range(5, 15))
 tune = None
 
 report = dict(
