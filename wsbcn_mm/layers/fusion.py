@@ -17,8 +17,9 @@ import sys
 import torch
 
 _FOLDS = re.compile(
-    '_*(fuse(_|bn|$)|reparameteri[sz]e|switch_to_deploy|merge_kernel|get_equivalent|'
-    'efficient_conv_bn|(fold|absorb|merge)_?(bn|batch|norm)|trans.*_fusebn)'
+    '_*(fuse(_|bn|$)|reparameteri[sz]e|switch_to_deploy|merge_kernel|'
+    'get_equivalent|efficient_conv_bn|(fold|absorb|merge)_?(bn|batch|norm)|'
+    'trans.*_fusebn)'
 )
 _DEPTH = 3
 _PACKAGE = __name__.partition('.')[0]
