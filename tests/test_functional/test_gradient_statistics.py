@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import Average
 
 from wsbcn_mm.functional import (
     AveragedGradientCoefficients,
@@ -17,7 +18,6 @@ from wsbcn_mm.functional import (
     subtract_fit,
 )
 from wsbcn_mm.functional.kernels import compiled
-from wsbcn_mm.functional.kernels.parity import Average
 from wsbcn_mm.functional.vjp import autograd_vjp
 
 F64 = torch.float64
