@@ -370,30 +370,8 @@ class _LearnAndNormalize(torch.autograd.Function):
     def backward(ctx, grad):
         x, *parameters = ctx.saved_tensors
         mean, var, used_mean, used_var = ctx.small
-        settings = ctx.settings
-        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
-        constants = settings['num_groups'], settings['eps']
-        if settings['estimate']:
-            coefficients = micro_batch_coefficients(
-                used_mean,
-                used_var,
-                *constants,
-                ctx.average,
-                max(math.prod(x.shape[2:]), 1),
-            )
-        else:
-            coefficients = LargeBatchChannelCoefficients(*constants)
-        if torch.is_grad_enabled():  # create_graph: a gradient of gradients
-            grads = differentiable_backward(
-                grad, x, parameters, coefficients, wanted
-            )
-        elif ctx.average is not None:
-            mean, var = (t.view(x.shape[:2]) for t in (mean, var))
-            scale, _, pull_back = coefficients.vjp(mean, var, *parameters)
-            grads = kernels.backward(
-                ctx.kernel, grad, x, mean, scale, pull_back, wanted[0]
-            )
-        else:
+        settings, average = ctx.settings, ctx.average
+        if not torch.is_grad_enabled() and average is None:
             grads = ctx.kernel.batch_channel_backward(
                 grad,
                 x,
@@ -403,5 +381,25 @@ class _LearnAndNormalize(torch.autograd.Function):
                 running_mean=used_mean,
                 running_var=used_var,
                 **settings,
+            )
+            return grads[0], None, None, None, None, *grads[1:]
+        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+        constants = settings['num_groups'], settings['eps']
+        if settings['estimate']:
+            length = max(math.prod(x.shape[2:]), 1)
+            coefficients = micro_batch_coefficients(
+                used_mean, used_var, *constants, average, length
+            )
+        else:
+            coefficients = LargeBatchChannelCoefficients(*constants)
+        if torch.is_grad_enabled():  # create_graph: a gradient of gradients
+            grads = differentiable_backward(
+                grad, x, parameters, coefficients, wanted
+            )
+        else:
+            mean, var = (t.view(x.shape[:2]) for t in (mean, var))
+            scale, _, pull_back = coefficients.vjp(mean, var, *parameters)
+            grads = kernels.backward(
+                ctx.kernel, grad, x, mean, scale, pull_back, wanted[0]
             )
         return grads[0], None, None, None, None, *grads[1:]
