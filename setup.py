@@ -4,22 +4,10 @@ import shutil
 import sys
 import zlib
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 HERE = osp.dirname(osp.abspath(__file__))
-
-
-def version() -> str:
-    namespace = {}
-    with open(osp.join(HERE, 'wsbcn_mm', 'version.py')) as f:
-        exec(f.read(), namespace)
-    return namespace['__version__']
-
-
-def readme() -> str:
-    with open(osp.join(HERE, 'README.md'), encoding='utf-8') as f:
-        return f.read()
 
 
 class BuildWithMim(build_py):
@@ -83,61 +71,8 @@ def extensions() -> list:
     ]
 
 
+# Everything else about the package is in pyproject.toml.
 setup(
-    name='wsbcn_mm',
-    version=version(),
-    description='Train detectors and segmenters with 1-2 images per GPU: '
-    'Batch-Channel Normalization and Weight Standardization for OpenMMLab',
-    long_description=readme(),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    license_files=['LICENSE'],
-    keywords='computer vision, object detection, segmentation, normalization',
-    packages=find_packages(include=['wsbcn_mm', 'wsbcn_mm.*']),
-    package_data={'wsbcn_mm.functional.kernels': ['compiled.cpp']},
     ext_modules=extensions(),
     cmdclass=dict(build_py=BuildWithMim),
-    python_requires='>=3.9',
-    # torch, mmengine and mmcv are checked at import instead: OpenMMLab's
-    # packages and the maintained fork's install the same modules, and a
-    # dependency on one would overwrite the other.
-    install_requires=['rich'],
-    # Neither are torch and mmcv among the extras: pip cannot compile mmcv's
-    # ops by itself, and would bring another torch than they are compiled for.
-    extras_require={
-        'openmmlab': [
-            'mmengine>=0.10.0',
-            'mmdet>=3.0.0',
-            'mmsegmentation>=1.0.0',
-            'mmpretrain>=1.0.0',
-            'ftfy',
-            'regex',
-            'setuptools<80',
-        ],
-        'onedl': [
-            'onedl-mmengine',
-            'onedl-mmdetection',
-            'onedl-mmsegmentation',
-            'onedl-mmpretrain',
-            'ftfy',
-            'regex',
-            'setuptools<80',
-        ],
-        'digits': ['scikit-learn'],
-        'plots': ['matplotlib'],
-        'deploy': ['onnx', 'onnxruntime', 'onnxscript'],
-        'tests': [
-            'pytest',
-            'pytest-timeout',
-            'hypothesis',
-            'ruff',
-            'timm',
-            'tensorboard',
-            'scikit-learn',
-            'onnx',
-            'onnxruntime',
-            'onnxscript',
-        ],
-    },
-    zip_safe=False,
 )

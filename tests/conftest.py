@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -48,6 +49,24 @@ class Vectors:
 @pytest.fixture
 def vectors():
     return Vectors
+
+
+@pytest.fixture
+def messages():
+    """What is logged, with the level it is logged at."""
+    from mmengine.logging import MMLogger
+
+    records = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            records.append((record.levelname, record.getMessage()))
+
+    logger = MMLogger.get_current_instance()
+    handler = Handler()
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

@@ -332,6 +332,118 @@ def test_feeding_a_normalization_that_stays():
     assert type(net[0]) is nn.Conv2d and type(net[1]) is Odd
 
 
+class FrozenOfDETR(nn.Module):
+    """That of DETR: buffers only, and eps in the forward code."""
+
+    def __init__(self, n):
+        super().__init__()
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            self.register_buffer(name, torch.rand(n) + 0.5)
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+class FrozenOfDetectron2(FrozenOfDETR):
+    """That of detectron2, whose state has no num_batches_tracked."""
+
+    eps = 1e-5
+
+
+class InPlaceABN(FrozenOfDETR):
+    """An activation comes with it: no plain Batch Normalization."""
+
+    def forward(self, x):
+        return nn.functional.leaky_relu(super().forward(x), 0.01)
+
+
+class AffineChannel(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, n, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, n, 1, 1))
+
+    def forward(self, x):
+        return x * self.weight + self.bias
+
+
+class GDN(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(n))
+        self.gamma = nn.Parameter(torch.eye(n))
+
+    def forward(self, x):
+        norm = torch.einsum('nchw,dc->ndhw', x.square(), self.gamma)
+        return x * (norm + self.beta.view(-1, 1, 1)).rsqrt()
+
+
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+@pytest.mark.parametrize('kind', [FrozenOfDETR, FrozenOfDetectron2])
+def test_frozen_normalization_of_another_library(kind, device):
+    """Converted as torchvision's is: it computes what BN does."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), kind(8)).to(device)
+    weight = net[1].weight
+    net, report = convert_to_micro_batch(net, return_report=True)
+    assert changed(report) == ['0', '1'] and not report.left
+    assert isinstance(net[0], ConvWS) and isinstance(net[1], BCN)
+    assert device == 'meta' or torch.equal(net[1].batch_weight, weight)
+
+
+@pytest.mark.parametrize(
+    'norm',
+    [
+        InPlaceABN(8),
+        AffineChannel(8),
+        GDN(8),
+        nn.LocalResponseNorm(4),
+        nn.InstanceNorm2d(8),
+        nn.RMSNorm([8, 5, 5]),
+        timm.layers.LayerNorm2d(8),
+        timm.layers.RmsNorm2d(8),
+        timm.layers.GroupNormAct(8, 2),
+        timm.layers.EvoNorm2dB0(8),
+        timm.layers.EvoNorm2dS0(8),
+        timm.layers.FilterResponseNormTlu2d(8),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_every_normalization_that_stays_is_named(norm):
+    net = nn.Sequential(
+        *(nn.Conv2d(8, 8, 3, padding=1), norm, nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)),
+    )
+    report = convert_to_micro_batch(net, dry_run=True)
+    assert changed(report) == ['3', '4']
+    assert list(reasons(report)) == ['0', '1']
+    assert reasons(report)['1']
+
+
+def test_frozen_normalization_of_timm_keeps_its_activation():
+    net = nn.Sequential(timm.layers.FrozenBatchNormAct2d(8))
+    convert_to_micro_batch(net)
+    assert isinstance(net[0].norm, BCN) and isinstance(net[0].act, nn.ReLU)
+
+
+def test_what_only_sounds_like_a_normalization_is_not_named():
+    class NormReLU(nn.Sequential):
+        pass
+
+    class NormalHead(nn.Module):
+        pass
+
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        NormReLU(nn.BatchNorm2d(8), nn.PReLU(8)),
+        NormalHead(),
+        parametrizations.weight_norm(nn.Linear(8, 8)),
+    )
+    report = convert_to_micro_batch(net, dry_run=True)
+    assert changed(report) == ['0', '1.0'] and not report.left
+
+
 # What is kept ---------------------------------------------------------------
 
 
@@ -421,8 +533,9 @@ def test_device_dtype_mode_and_requires_grad():
     net[1].to('meta', torch.float16).eval()
     net[1].requires_grad_(False)
     convert_to_micro_batch(net)
-    for tensor in (net[0].weight, net[1].batch_weight, net[1].running_mean):
+    for tensor in (net[0].weight, net[1].batch_weight):
         assert tensor.is_meta and tensor.dtype == torch.float16
+    assert net[1].running_mean.is_meta  # in float32, as in any model
     assert net[0].training and not net[1].training
     assert not net[1].weight.requires_grad and net[0].weight.requires_grad
 

@@ -1,21 +1,28 @@
 """Configs whose model is converted once it is built."""
 
 import warnings
+from pathlib import Path
 
+import mmdet
 import pytest
 import torch
+from mmcv.cnn import ConvModule, build_conv_layer
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wsbcn_mm import BCN, ConvWS, micro_batch_model
+from wsbcn_mm.engine import config
 from wsbcn_mm.engine.config import unconverted
 from wsbcn_mm.feeding import find_feeding_convolutions
-from wsbcn_mm.layers.batch_statistics import BatchStatistics
+from wsbcn_mm.layers._base import NormBase
 
 pytest.importorskip('mmpretrain')
+
+MMDET = Path(mmdet.__file__).parent / '.mim' / 'configs'
 
 CONFIG = """
 _base_ = 'mmpretrain::van/van-tiny_8xb128_in1k.py'
@@ -33,8 +40,7 @@ def batch_norms(model: nn.Module) -> list:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        and not isinstance(module, BatchStatistics)
+        if isinstance(module, _BatchNorm) and not isinstance(module, NormBase)
     ]
 
 
@@ -195,6 +201,8 @@ def test_checkpoint_of_a_backbone_that_is_standardized_once_built(
         stdc_type='STDCNet1',
         in_channels=3,
         channels=(32, 64, 256, 512, 1024),
+        bottleneck_type='cat',
+        act_cfg=dict(type='ReLU'),
         norm_cfg=dict(type='BN'),
         init_cfg=dict(type='Pretrained', checkpoint='weights.pth'),
     )
@@ -207,3 +215,260 @@ def test_checkpoint_of_a_backbone_that_is_standardized_once_built(
             )
         has_checkpoint = result.backbone.get('init_cfg') is not None
         assert has_checkpoint == (is_kept or convert is False)
+
+
+# Classes of one's own --------------------------------------------------------
+
+
+class OwnBackbone(BaseModule):
+    """Four stages with BN, whatever a config says."""
+
+    norm = nn.BatchNorm2d
+
+    def __init__(self, init_cfg=None, conv_cfg=None):
+        super().__init__(init_cfg)
+        widths = [3, 16, 32, 64, 128]
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), self.norm(b))
+            for a, b in zip(widths, widths[1:])
+        )
+
+    def forward(self, x):
+        outs = []
+        for stage in self.stages:
+            x = stage(x)
+            outs.append(x)
+        return tuple(outs)
+
+
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class OwnBackboneWithOwnNorm(OwnBackbone):
+    norm = OwnForward
+
+
+BN = dict(type='BN')
+
+
+class OwnGate(BaseModule):
+    """Uses conv_cfg where no normalization follows, too."""
+
+    def __init__(self, conv_cfg=None, norm_cfg=BN):
+        super().__init__()
+        self.block = ConvModule(3, 8, 3, conv_cfg=conv_cfg, norm_cfg=norm_cfg)
+        self.gate = build_conv_layer(conv_cfg, 8, 8, 1)
+
+    def forward(self, x):
+        x = self.block(x)
+        return (x * self.gate(x).sigmoid(),)
+
+
+class OwnDepthwise(BaseModule):
+    """Uses conv_cfg for filters of one weight."""
+
+    def __init__(self, conv_cfg=None, norm_cfg=BN):
+        super().__init__()
+        options = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
+        self.stem = ConvModule(3, 8, 3, **options)
+        self.scale = ConvModule(8, 8, 1, groups=8, **options)
+
+    def forward(self, x):
+        return (self.scale(self.stem(x)),)
+
+
+class OwnPretrained(OwnBackbone):
+    def __init__(self, pretrained=False):
+        super().__init__()
+
+
+OWN = (
+    OwnBackbone,
+    OwnBackboneWithOwnNorm,
+    OwnGate,
+    OwnDepthwise,
+    OwnPretrained,
+)
+
+
+@pytest.fixture
+def register():
+    def register(*classes):
+        for kind in classes:
+            MODELS.register_module(module=kind, force=True)
+
+    yield register
+    for kind in OWN:
+        MODELS.module_dict.pop(kind.__name__, None)
+
+
+def own_classifier(kind: str = 'OwnBackbone', **options) -> dict:
+    return dict(
+        type='mmpretrain.ImageClassifier',
+        backbone=dict(type=kind, **options),
+        head=dict(
+            type='mmpretrain.LinearClsHead',
+            num_classes=3,
+            in_channels=128,
+        ),
+    )
+
+
+def own_segmenter() -> dict:
+    norm_cfg = dict(type='SyncBN')
+    return dict(
+        type='mmseg.EncoderDecoder',
+        backbone=dict(type='OwnBackbone'),
+        decode_head=dict(
+            type='mmseg.FCNHead',
+            in_channels=128,
+            channels=16,
+            num_classes=3,
+            norm_cfg=norm_cfg,
+        ),
+        test_cfg=dict(mode='whole'),
+    )
+
+
+def own_detector(path: str) -> dict:
+    cfg = Config.fromfile(MMDET / path).model
+    cfg.backbone = dict(type='OwnBackbone')
+    cfg.neck.in_channels = [16, 32, 64, 128]
+    return cfg
+
+
+@pytest.mark.parametrize('is_registered', [True, False])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: own_detector('mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'),
+        lambda: own_detector('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'),
+        lambda: own_detector('retinanet/retinanet_r50_fpn_1x_coco.py'),
+        own_segmenter,
+        own_classifier,
+    ],
+    ids=['mask-rcnn', 'faster-rcnn', 'retinanet', 'segmenter', 'classifier'],
+)
+def test_backbone_with_its_own_batch_norm(make, is_registered, register):
+    """FPN and heads, whose norms are in reach, once hid that it kept BN."""
+    cfg = make()
+    scope = 'mmdet' if 'neck' in cfg else None
+    if is_registered:  # else it is imported after the config
+        register(OwnBackbone)
+    with DefaultScope.overwrite_default_scope(scope):
+        cfg = micro_batch_model(cfg)
+        register(OwnBackbone)
+        model = MODELS.build(cfg)
+    assert not batch_norms(model)
+    assert all(
+        isinstance(stage[0], ConvWS) and isinstance(stage[1], BCN)
+        for stage in model.backbone.stages
+    )
+    assert not plain_before_normalization(model)
+
+
+def test_batch_norm_that_has_to_stay_is_named(register, monkeypatch):
+    register(OwnBackboneWithOwnNorm)
+    told = []
+    monkeypatch.setattr(config, 'print_log', lambda m, logger: told.append(m))
+    config._tell.cache_clear()
+    cfg = own_classifier('OwnBackboneWithOwnNorm')
+    with pytest.raises(ValueError, match='no normalization to replace'):
+        micro_batch_model(cfg)
+    config._tell.cache_clear()
+    cfg = own_detector('mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    cfg.backbone.type = 'OwnBackboneWithOwnNorm'
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        assert micro_batch_model(cfg).type == 'MaskRCNN'
+    assert '4 batch normalizations stay' in told[-1]
+    assert 'backbone.stages.0.1: has a forward of its own' in told[-1]
+
+
+@pytest.mark.parametrize('is_registered', [True, False])
+def test_checkpoint_of_ones_own_backbone(is_registered, register):
+    """It was trained without WS: kept on request only."""
+    init_cfg = dict(type='Pretrained', checkpoint='own.pth')
+    for pretrained, is_kept in ((None, False), (False, False), (True, True)):
+        MODELS.module_dict.pop('OwnBackbone', None)
+        if is_registered:
+            register(OwnBackbone)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            cfg = micro_batch_model(
+                own_classifier(init_cfg=init_cfg), pretrained=pretrained
+            )
+            register(OwnBackbone)
+            model = MODELS.build(cfg)
+        assert bool(model.backbone.init_cfg) == is_kept
+        told = [str(w.message) for w in caught if 'own.pth' in str(w.message)]
+        assert len(told) == (pretrained is None)
+
+
+@pytest.mark.parametrize('pretrained', [None, False])
+def test_weights_that_a_class_loads_by_itself(register, pretrained):
+    """What it is shows once it is built, and then they are in it."""
+    cfg = micro_batch_model(
+        own_classifier('OwnPretrained', pretrained=True), pretrained=pretrained
+    )
+    register(OwnPretrained)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        MODELS.build(cfg)
+    told = [w for w in caught if 'by itself' in str(w.message)]
+    assert len(told) == (pretrained is None)
+
+
+def test_weights_that_timm_brings():
+    cfg = own_classifier(
+        'mmpretrain.TIMMBackbone',
+        model_name='resnet18',
+        features_only=True,
+        pretrained=True,
+    )
+    with pytest.warns(UserWarning, match='not from weights of its own'):
+        result = micro_batch_model(cfg)
+    assert result.backbone.pretrained is False
+    assert micro_batch_model(cfg, pretrained=True).backbone.pretrained is True
+    model = MODELS.build(result)
+    assert not batch_norms(model)
+
+
+def test_transformer_keeps_its_checkpoint():
+    """Nothing in it is standardized, though its neck is."""
+    cfg = Config.fromfile(
+        MMDET / 'swin' / 'mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
+    ).model
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        result = micro_batch_model(cfg)
+    assert result.type == 'MaskRCNN'
+    assert result.backbone.init_cfg == cfg.backbone.init_cfg
+
+
+@pytest.mark.parametrize('is_registered', [True, False])
+def test_conv_cfg_where_no_normalization_follows(is_registered, register):
+    if is_registered:
+        register(OwnGate)
+    cfg = micro_batch_model(own_classifier('OwnGate', norm_cfg=BN))
+    register(OwnGate)
+    model = MODELS.build(cfg)
+    assert isinstance(model.backbone.block.conv, ConvWS)
+    assert isinstance(model.backbone.block.norm, BCN)
+    assert type(model.backbone.gate) is nn.Conv2d
+
+
+def test_conv_cfg_for_filters_of_one_weight(register):
+    register(OwnDepthwise)
+    model = MODELS.build(micro_batch_model(own_classifier('OwnDepthwise')))
+    assert isinstance(model.backbone.stem.conv, ConvWS)
+    assert type(model.backbone.scale.conv) is nn.Conv2d
+    assert isinstance(model.backbone.scale.norm, BCN)
+
+
+def test_trial_draws_no_random_numbers():
+    state = torch.get_rng_state()
+    path = 'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'  # built on the CPU
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        micro_batch_model(Config.fromfile(MMDET / path).model)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -15,6 +15,7 @@ from wsbcn_mm import (
     ConvCWN,
     ConvWN,
     ConvWS,
+    SyncBCN,
     fold_for_inference,
 )
 from wsbcn_mm.stock_layers import NotReplaceable, is_ours
@@ -348,17 +349,6 @@ def test_mmdet_resnet(resnet18):
     assert type(folded.layer1[0].bcn1) is nn.GroupNorm
 
 
-def test_fuse_conv_bn_fuses_nothing_of_bcn(resnet18):
-    x = torch.randn(1, 3, 65, 65)
-    resnet18.eval()
-    fused = fuse_conv_bn(copy.deepcopy(resnet18))
-    assert torch.equal(fused(x)[-1], resnet18(x)[-1])
-    module = ConvModule(3, 8, 3, norm_cfg=dict(type='BCN'))
-    module = randomize(module).eval()
-    fused = fuse_conv_bn(copy.deepcopy(module))
-    assert type(fused.bcn) is BCN and torch.equal(fused(x), module(x))
-
-
 def test_fuse_conv_bn_stops_at_standardized_weights():
     net = nn.Sequential(ConvWS(3, 8, 3, bias=False), nn.BatchNorm2d(8))
     with pytest.raises(RuntimeError, match='fold_for_inference'):
@@ -422,6 +412,73 @@ def test_onnx(tmp_path, folded):
     net = randomize(net).eval()
     net = fold_for_inference(net) if folded else net
     export_onnx(net, torch.randn(1, 3, 9, 9), tmp_path / 'net.onnx')
+
+
+LAYERS = {
+    'BCN': lambda: BCN(8, 4),
+    'BCN-channel': lambda: BCN(8, 4, channel_affine='channel'),
+    'BCN-batch': lambda: BCN(8, 4, estimate=False),
+    'SyncBCN': lambda: SyncBCN(8, 4),
+    'BGN': lambda: BGN(8, 4),
+    'MABN': lambda: MABN(8, batch_size=1, simulated_batch_size=16),
+    'ConvWS': lambda: ConvWS(8, 8, 3),
+    'ConvWN': lambda: ConvWN(8, 8, 3),
+    'ConvCWN': lambda: ConvCWN(8, 8, 3),
+    'CenConv': lambda: CenConv(8, 8, 3),
+}
+
+
+def _tied(layer):
+    """A copy that has the same parameters, not only equal ones."""
+    other = copy.deepcopy(layer)
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        other.register_parameter(name, parameter)
+    return other
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('opset', [11, 17])
+@pytest.mark.parametrize(
+    'second',
+    [copy.deepcopy, _tied, lambda layer: layer],
+    ids=['equal', 'tied', 'shared'],
+)
+@pytest.mark.parametrize('make', LAYERS.values(), ids=LAYERS)
+def test_torchscript_onnx_of_equal_layers(make, second, opset, tmp_path):
+    """The exporter writes their weights once, and onnxruntime lost them."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    layer = make()
+    net = nn.Sequential(layer, nn.ReLU(), second(layer)).eval()
+    path = str(tmp_path / 'net.onnx')
+    torch.onnx.export(
+        net,
+        (torch.randn(2, 8, 9, 9),),
+        path,
+        opset_version=opset,
+        input_names=['x'],
+        dynamic_axes={'x': {0: 'batch'}},
+        dynamo=False,
+    )
+    session = onnxruntime.InferenceSession(path)
+    x = torch.randn(3, 8, 9, 9)
+    (y,) = session.run(None, {'x': x.numpy()})
+    with torch.no_grad():
+        assert relative(torch.from_numpy(y), net(x)) < 1e-4
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_torchscript_onnx_of_half_precision(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    net = nn.Sequential(ConvWS(8, 8, 3), BCN(8, 4), nn.ReLU(), BCN(8, 4))
+    net = net.half().eval()
+    x = torch.randn(2, 8, 9, 9).half()
+    path = str(tmp_path / 'net.onnx')
+    torch.onnx.export(
+        net, (x,), path, opset_version=17, input_names=['x'], dynamo=False
+    )
+    (y,) = onnxruntime.InferenceSession(path).run(None, {'x': x.numpy()})
+    with torch.no_grad():
+        assert relative(torch.from_numpy(y).float(), net(x).float()) < 5e-3
 
 
 MICRO_BATCH = dict(

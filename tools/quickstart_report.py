@@ -18,8 +18,8 @@ configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_1xb1-1x_coco.py
 On 8 GPUs, still 16 images an update:
   bash tools/dist_train.sh \
 configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_1xb1-1x_coco.py 8 \
---cfg-options optim_wrapper.accumulative_counts=2
-Your own config: see README.md, three lines make it micro-batch ready."""
+--cfg-options optim_wrapper.accumulative_counts=2 param_scheduler.0.end=1000
+Your own config: see docs/configs.md."""
 
 
 def parse_args():

@@ -58,8 +58,9 @@ forgotten=(ftfy regex "$setuptools")
 
 # Everything the environment depends on, in one line: unchanged, nothing to do.
 inputs="$STACK torch $TORCH_VERSION $TORCHVISION_VERSION $mmcv ${libraries[*]}
-cuda ${WITH_CUDA:-auto} $PWD $(cksum setup.py tools/setup_env.sh \
-    tools/build_mmcv.sh wsbcn_mm/functional/kernels/compiled.cpp)"
+cuda ${WITH_CUDA:-auto} $PWD $(cksum setup.py pyproject.toml \
+    tools/setup_env.sh tools/build_mmcv.sh \
+    wsbcn_mm/functional/kernels/compiled.cpp)"
 stamp=$VENV/.wsbcn_mm_env
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$inputs" ]; then
     echo "Environment $VENV is up to date."
@@ -168,7 +169,7 @@ step 'Installing what it needs' "${pip[@]}" "$wheel"
 step "Installing ${libraries[*]}" \
     "${pip[@]}" "${libraries[@]}" "${forgotten[@]}" "torch==$TORCH_VERSION"
 step 'Installing wsbcn_mm, editable, with what its tests need' \
-    "${pip[@]}" --no-build-isolation -e '.[digits,plots,tests]' \
+    "${pip[@]}" --no-build-isolation -e '.[digits,docs,plots,tests]' \
     "$setuptools" "torch==$TORCH_VERSION"
 step 'Importing all of it' "$VENV/bin/python" -c "
 import mmcv.ops, mmdet, mmseg, mmpretrain, wsbcn_mm"

@@ -14,9 +14,11 @@ from wsbcn_mm.engine.command_line import (
     check_checkpoint,
     check_datasets,
     check_testable,
+    check_work_dir,
     load_config,
     run,
 )
+from wsbcn_mm.engine.mistakes import mistakes_explained
 
 # What averages over flipped images, where the config does not say.
 TTA_MODELS = {
@@ -105,6 +107,7 @@ def main():
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise UsageError(f'--out must end with .pkl, got {args.out!r}')
     cfg = load_config(args)
+    check_work_dir(cfg.work_dir)
     check_checkpoint(args.checkpoint)
     check_testable(cfg)
     check_datasets(cfg, 'test_dataloader')
@@ -114,13 +117,14 @@ def main():
         draw(cfg, args)
     if args.tta:
         augment(cfg)
-    runner = build_runner(cfg)
-    if args.out is not None:
-        dump = DumpResults
-        if cfg.default_scope == 'mmdet':  # which encodes the masks
-            from mmdet.evaluation import DumpDetResults as dump
-        runner.test_evaluator.metrics.append(dump(out_file_path=args.out))
-    runner.test()
+    with mistakes_explained(cfg):
+        runner = build_runner(cfg, needs_all_weights=True)
+        if args.out is not None:
+            dump = DumpResults
+            if cfg.default_scope == 'mmdet':  # which encodes the masks
+                from mmdet.evaluation import DumpDetResults as dump
+            runner.test_evaluator.metrics.append(dump(out_file_path=args.out))
+        runner.test()
 
 
 if __name__ == '__main__':

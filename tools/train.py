@@ -3,6 +3,7 @@
 import argparse
 
 import wsbcn_mm  # noqa: F401  registers the layers and the compatibility
+from wsbcn_mm.engine.checkpoint import newest_checkpoint
 from wsbcn_mm.engine.command_line import (
     UsageError,
     add_common_arguments,
@@ -12,10 +13,14 @@ from wsbcn_mm.engine.command_line import (
     check_datasets,
     check_pretrained,
     check_scaled_lr,
+    check_started,
+    check_training_set,
     check_update_rate,
+    check_work_dir,
     load_config,
     run,
 )
+from wsbcn_mm.engine.mistakes import mistakes_explained
 
 
 def parse_args():
@@ -45,6 +50,7 @@ def parse_args():
 def main():
     args = parse_args()
     cfg = load_config(args)
+    check_work_dir(cfg.work_dir)
     if args.amp:
         check_amp()
         kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
@@ -66,15 +72,21 @@ def main():
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    if cfg.get('load_from') is not None:
+    if cfg.get('resume') and not cfg.get('load_from'):
+        if 'runner_type' not in cfg:
+            cfg.load_from = newest_checkpoint(cfg.work_dir)
+    elif cfg.get('load_from') is not None:
         check_checkpoint(cfg.load_from)
     check_pretrained(cfg)
     check_datasets(cfg, 'train_dataloader', 'val_dataloader')
-    runner = build_runner(cfg)
-    if args.auto_scale_lr:
-        check_scaled_lr(runner)
-    check_update_rate(runner)
-    runner.train()
+    with mistakes_explained(cfg):
+        runner = build_runner(cfg)
+        if args.auto_scale_lr:
+            check_scaled_lr(runner)
+        check_update_rate(runner)
+        check_started(cfg, runner.model)
+        check_training_set(runner)
+        runner.train()
 
 
 if __name__ == '__main__':

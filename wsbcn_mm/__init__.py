@@ -26,6 +26,7 @@ from .layers import (  # noqa: E402
     ConvWS1d,
     ConvWS3d,
     SyncBCN,
+    set_loss_scale,
 )
 
 __all__ = [
@@ -45,5 +46,6 @@ __all__ = [
     'fold_for_inference',
     'functional',
     'micro_batch_model',
+    'set_loss_scale',
     'update_rate',
 ]

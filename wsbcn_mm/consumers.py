@@ -8,16 +8,16 @@ that leave scales alone: reshaping, concatenation, pooling, a ReLU.
 
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import Dict, Set, Tuple
+from typing import Dict, List, Set, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .feeding import NORMALIZATIONS
+from .feeding import NORMALIZATIONS, is_metadata
 
 # op(s * x) = s * op(x) for s > 0: what normalizes the result takes the scale
 # from x as well. Named without underscores at their ends.
@@ -42,6 +42,19 @@ UNRELATED = frozenset(
     empty_like full_like get new_empty new_full new_ones new_tensor new_zeros
     ones_like rand_like randn_like zeros_like
     """.split()
+)
+
+HOMOGENEOUS_LAYERS = (
+    nn.Identity,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.Flatten,
+    nn.Upsample,
+    nn.modules.dropout._DropoutNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._MaxPoolNd,
 )
 
 
@@ -195,3 +208,54 @@ def record_consumers(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def other_consumers(
+    parts: List[tuple], norm_types: Tuple[type, ...] = NORMALIZATIONS
+) -> Dict[nn.Module, Set[str]]:
+    """Find what takes convolutions' outputs beside normalizations, by tracing.
+
+    Args:
+        parts (list[tuple]): What :func:`.feeding.traceable_parts` returned.
+            What happens to the output of a part is not seen.
+        norm_types (tuple[type]): What counts as a normalization.
+
+    Returns:
+        dict[Module, set[str]]: The convolutions of which that is seen.
+    """
+    result = defaultdict(set)
+    for root, graph in parts:
+        for node in graph.nodes:
+            if node.op != 'call_module':
+                continue
+            conv = root.get_submodule(node.target)
+            if isinstance(conv, _ConvNd):
+                result[conv].update(_other_users(node, root, norm_types))
+    return {conv: others for conv, others in result.items() if others}
+
+
+def _other_users(node: fx.Node, root: nn.Module, norm_types) -> Set[str]:
+    """Follow an output through what leaves scales alone."""
+    found, seen, nodes = set(), set(), [node]
+    while nodes:
+        for user in nodes.pop().users:
+            if user in seen or user.op == 'output' or is_metadata(user):
+                continue
+            seen.add(user)
+            if user.op == 'call_module':
+                layer = root.get_submodule(user.target)
+                if isinstance(layer, norm_types):
+                    continue
+                name = user.target
+                goes_on = isinstance(layer, HOMOGENEOUS_LAYERS)
+            else:
+                name = getattr(user.target, '__name__', user.target)
+                name = name.strip('_')
+                if name in UNRELATED:
+                    continue
+                goes_on = name in HOMOGENEOUS
+            if goes_on:
+                nodes.append(user)
+            else:
+                found.add(name)
+    return found

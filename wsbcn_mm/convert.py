@@ -1,11 +1,11 @@
 """Make a live network train with one or two images per GPU."""
 
+import copy
 import re
-import sys
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -17,21 +17,28 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from .consumers import record_consumers
-from .engine.components import norm_class, with_rate
+from .consumers import other_consumers, record_consumers
+from .engine.components import layer_cfg, norm_class, registered, with_rate
 from .example_inputs import run_example
-from .feeding import NORMALIZATIONS, find_feeding_convolutions
+from .feeding import (
+    NORMALIZATIONS,
+    find_feeding_convolutions,
+    traceable_parts,
+)
 from .functional.kernels import statistics_dtype
 from .layers._base import NormBase, largest_divisor
 from .layers._conv_base import ConvBase
 from .layers.bcn import BCN
 
-# Batch normalizations that are no torch ``_BatchNorm``: looked up only where
-# their library is loaded.
-OTHER_BATCH_NORMS = (
-    ('torchvision.ops.misc', 'FrozenBatchNorm2d'),
-    ('timm.layers.norm_act', 'FrozenBatchNormAct2d'),
-    ('mmcv.ops.sync_bn', 'SyncBatchNorm'),
+try:
+    from mmcv.ops import SyncBatchNorm as MMSyncBatchNorm
+except ImportError:  # an mmcv without ops
+    MMSyncBatchNorm = nn.SyncBatchNorm
+
+# What the name of a class of normalizations ends in, or has in it.
+NORMALIZATION_NAME = re.compile(
+    r'norm(?!al(?!ization))|(ABN|BN|FRN|GDN|GRN|LRN)(Act)?(\dd)?$',
+    re.IGNORECASE,
 )
 
 VECTORS = 'its input (N, C) has no positions to normalize over in a sample'
@@ -64,12 +71,15 @@ class Entry:
         before (str): The layer.
         after (str): What replaces it; empty if it is left.
         reason (str): Why it was left, or how it is known to be right.
+        kind (str): ``'convolution'``, ``'batch norm'``, or ``'other norm'``
+            for what does not depend on the batch, or is not known to.
     """
 
     name: str
     before: str
     after: str
     reason: str
+    kind: str
 
 
 @dataclass
@@ -81,10 +91,13 @@ class ConversionReport:
     Attributes:
         changed (list[Entry]): The layers that are replaced.
         left (list[Entry]): Normalizations and convolutions that stay.
+        misplaced (list[Entry]): Those of ``left`` that standardize their
+            weight although something else than a normalization follows.
     """
 
     changed: List[Entry] = field(default_factory=list)
     left: List[Entry] = field(default_factory=list)
+    misplaced: List[Entry] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = []
@@ -230,15 +243,14 @@ def _check_type(argument: str, cfg, example: str) -> dict:
             f'convert_to_micro_batch: {argument} must be a dict such as '
             f'{example}, got {cfg!r} ({type(cfg).__name__})'
         )
-    kind = cfg.get('type')
-    if isinstance(kind, str):
-        kind = MODELS.get(kind)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+    cfg = layer_cfg(cfg)
+    kind = registered(cfg.get('type'))
+    if not (kind and issubclass(kind, nn.Module)):
         raise ValueError(
             f'convert_to_micro_batch: {argument} must name a registered '
             f'layer, such as {example}; got type={cfg.get("type")!r}'
         )
-    return dict(cfg)
+    return cfg
 
 
 def _norm_cfg(cfg, images_per_gpu: int, images_per_update: int) -> dict:
@@ -257,15 +269,71 @@ def _conv_cfg(cfg) -> dict:
     return _check_type('conv_cfg', cfg, "dict(type='ConvWS')")
 
 
-def _batch_norm_types() -> Tuple[type, ...]:
-    return (
-        _BatchNorm,
-        *(
-            getattr(sys.modules[library], name)
-            for library, name in OTHER_BATCH_NORMS
-            if library in sys.modules
-        ),
-    )
+def _is_batch_norm(layer: nn.Module) -> bool:
+    """Whether a layer is a Batch Normalization, of torch or any library.
+
+    A class that is none of torch's, as the frozen ones of torchvision,
+    detectron2, DETR and timm, is known by its tensors and by what it computes
+    in evaluation: it is tried rather than believed.
+    """
+    if isinstance(layer, (_BatchNorm, MMSyncBatchNorm)):
+        return not isinstance(layer, NormBase)
+    names = ('running_mean', 'running_var', 'weight', 'bias')
+    tensors = [getattr(layer, name, None) for name in names]
+    if not all(isinstance(t, Tensor) and t.dim() == 1 for t in tensors):
+        return False
+    try:
+        trial = copy.deepcopy(layer).to_empty(device='cpu').float().eval()
+        first = torch.linspace(0.5, 1.5, len(tensors[0]))
+        values = [first + i for i in range(len(tensors))]
+        x = torch.linspace(-9, 9, 8 * len(first)).view(2, -1, 2, 2)
+        expected = nn.functional.batch_norm(x, *values, eps=_eps(layer))
+        if _is_norm_act(layer):
+            expected = trial.act(expected)
+        with torch.no_grad():
+            for name, value in zip(names, values):
+                getattr(trial, name).copy_(value)
+            return torch.allclose(trial(x), expected, atol=1e-4)
+    except Exception:  # another input, or no way to copy it: another layer
+        return False
+
+
+def _why_other_norm(layer: nn.Module) -> str:
+    """Say what kind of normalization a layer looks like; '' for none."""
+    if isinstance(layer, NORMALIZATIONS) or 'LayerNorm' in _name(layer):
+        return 'does not depend on the batch'
+    library = type(layer).__module__
+    if isinstance(layer, (_ConvNd, nn.Linear)) or library.startswith(
+        ('torch.nn.utils', 'torch.nn.modules.loss')
+    ):
+        return ''
+    tensors = dict(layer.named_parameters(recurse=False))
+    tensors.update(layer.named_buffers(recurse=False))
+    shapes = {t.shape for t in tensors.values()}
+    why = ''
+    if any(name.startswith('running_') for name in tensors):
+        why = 'keeps statistics, but computes no plain batch normalization'
+    elif NORMALIZATION_NAME.search(_name(layer)):
+        why = 'a normalization of another kind'
+    elif tensors.keys() == {'weight', 'bias'} and len(shapes) == 1:
+        why = 'an affine of each channel, as a frozen normalization is'
+    # What holds other layers is no layer itself: those are looked at.
+    if why and any(
+        isinstance(m, (_ConvNd, nn.Linear))
+        or _is_batch_norm(m)
+        or _why_other_norm(m)
+        for m in list(layer.modules())[1:]
+    ):
+        return ''
+    return why
+
+
+def _name(layer: nn.Module) -> str:
+    return type(layer).__name__
+
+
+def _eps(norm: nn.Module) -> float:
+    return getattr(norm, 'eps', 1e-5)
 
 
 def _describe(layer: nn.Module) -> str:
@@ -300,23 +368,33 @@ class _Conversion:
         self.conv_cfg = conv_cfg
         self.report = ConversionReport()
         self.replacements: Dict[nn.Module, nn.Module] = {}
-        batch_norms = _batch_norm_types()
-        self.norm_types = (*batch_norms, *NORMALIZATIONS)
         self.names: Dict[nn.Module, str] = {}
-        inside = set()  # a layer of ours has a _BatchNorm in it
+        self.norms: Dict[nn.Module, None] = {}  # an ordered set
+        self.other_norms: Dict[nn.Module, str] = {}
+        inside = set()  # a normalization may have modules of its own
         for name, layer in module.named_modules():
-            if layer not in inside:
-                self.names[layer] = name
-                if isinstance(layer, (NormBase, *batch_norms)):
-                    inside.update(layer.modules())
-        self.norms = [m for m in self.names if isinstance(m, batch_norms)]
+            if layer in inside:
+                continue
+            self.names[layer] = name
+            if _is_batch_norm(layer):
+                self.norms[layer] = None
+            elif not isinstance(layer, NormBase):
+                why = _why_other_norm(layer)
+                if not why:
+                    continue
+                self.other_norms[layer] = why
+            inside.update(layer.modules())
+        self.norm_types = (
+            *NORMALIZATIONS,
+            *{type(m) for m in self.norms},
+        )
         # There already: only the convolutions before them are looked for.
         kind = norm_class(norm_cfg)
         self.present = [
             m
             for m in self.names
             if isinstance(m, kind)
-            and not isinstance(m, batch_norms)
+            and m not in self.norms
             and (isinstance(m, NormBase) or not _is_layer_norm(m))
         ]
         self.convs = [m for m in self.names if isinstance(m, _ConvNd)]
@@ -328,14 +406,18 @@ class _Conversion:
         }
         self.shapes: Dict[nn.Module, torch.Size] = {}
         self.after_linear = set()  # as they are registered
+        self.siblings: Dict[nn.Module, list] = {}
         for parent in self.names:
             children = list(parent.children())
+            self.siblings.update(dict.fromkeys(children, children))
             for layer, norm in zip(children, children[1:]):
                 if isinstance(layer, nn.Linear):
                     self.after_linear.add(norm)
         self.states: Dict[nn.Module, Dict[str, Tensor]] = {}
         self.evidence: Dict[nn.Module, str] = {}
         self.doubts: Dict[nn.Module, str] = {}
+        self.normalized: Set[nn.Module] = set()  # their outputs are
+        self.others: Dict[nn.Module, str] = {}  # what else takes them
 
     # Look ------------------------------------------------------------------
 
@@ -345,10 +427,13 @@ class _Conversion:
         seen = set()
         if example_inputs is not None:
             seen = self._run(example_inputs)
-        if seen.issuperset(self.sources):
-            return
+            if seen.issuperset(self.sources):
+                return
         layers = {name: layer for layer, name in self.names.items()}
-        found = find_feeding_convolutions(self.module, self.norm_types)
+        parts = traceable_parts(self.module, self.norm_types)
+        for conv, others in other_consumers(parts, self.norm_types).items():
+            self.others.setdefault(conv, ', '.join(sorted(others)))
+        found = find_feeding_convolutions(self.module, self.norm_types, parts)
         for name, feeding in found.items():
             norm = layers.get(name)
             if norm in seen:
@@ -358,6 +443,7 @@ class _Conversion:
                 conv = self._namesake(name)
             if conv is None:
                 continue
+            self.normalized.add(conv)
             if norm in self.sources:
                 self.sources[norm].append(conv)
             if feeding.traced and not feeding.exclusive:
@@ -400,6 +486,7 @@ class _Conversion:
             for layer, training in modes.items():
                 layer.training = training
         self.shapes = consumers.shapes
+        self.normalized = set(consumers.norms)
         for norm, sources in consumers.sources.items():
             if norm in self.sources:
                 self.sources[norm] = list(sources)
@@ -410,7 +497,7 @@ class _Conversion:
                 others = ', '.join(sorted(consumers.others[conv]))
                 self.doubts[conv] = f'its output goes to {others} as well'
         for conv, others in consumers.others.items():
-            names = ', '.join(sorted(others))
+            self.others[conv] = names = ', '.join(sorted(others))
             self.doubts.setdefault(conv, f'its output goes to {names}')
         return set(consumers.sources)
 
@@ -449,32 +536,39 @@ class _Conversion:
                 reason = 'made for micro-batches already'
                 note = self._rescale(layer)
                 self._leave(layer, '; '.join(filter(None, (reason, note))))
-            elif isinstance(layer, self.norm_types) or (
-                'LayerNorm' in type(layer).__name__
-            ):
-                self._leave(layer, 'does not depend on the batch')
+            elif layer in self.other_norms:
+                self._leave(layer, self.other_norms[layer])
+
+    def _entry(self, layer, after: str, reason: str) -> Entry:
+        kind = 'batch norm' if layer in self.norms else 'other norm'
+        if isinstance(layer, _ConvNd):
+            kind = 'convolution'
+        return Entry(self.names[layer], _describe(layer), after, reason, kind)
 
     def _leave(self, layer, reason: str) -> None:
-        self.report.left.append(
-            Entry(self.names[layer], _describe(layer), '', reason)
-        )
+        entry = self._entry(layer, '', reason)
+        self.report.left.append(entry)
+        if isinstance(layer, ConvBase) and self._why_misplaced(layer):
+            self.report.misplaced.append(entry)
 
     def _change(self, layer, reason: str) -> None:
         new = self.replacements[layer]
         if isinstance(new, nn.Sequential):  # norm, drop, act
             new = new.norm
-        self.report.changed.append(
-            Entry(self.names[layer], _describe(layer), _describe(new), reason)
-        )
+        self.report.changed.append(self._entry(layer, _describe(new), reason))
 
     def _why_keep_norm(self, norm) -> str:
         if any(is_lazy(p) for p in (*norm.parameters(), *norm.buffers())):
             return 'not yet initialized: run the network once before'
-        known = {_BatchNorm.forward, nn.SyncBatchNorm.forward} | {
-            t.forward for t in _batch_norm_types()
-        }
-        if 'forward' in vars(norm) or not (
-            type(norm).forward in known or _is_norm_act(norm)
+        known = (
+            _BatchNorm.forward,
+            nn.SyncBatchNorm.forward,
+            MMSyncBatchNorm.forward,
+        )
+        if 'forward' in vars(norm) or (
+            isinstance(norm, _BatchNorm)
+            and type(norm).forward not in known
+            and not _is_norm_act(norm)
         ):
             return 'has a forward of its own'
         if hasattr(norm, 'parametrizations'):
@@ -494,7 +588,7 @@ class _Conversion:
 
     def _why_keep_conv(self, conv, followed: set, unsure: set) -> str:
         if isinstance(conv, ConvBase):
-            return 'standardizes already'
+            return 'standardizes already' + self._why_misplaced(conv)
         if conv not in followed:
             return self.doubts.get(
                 conv, 'no batch normalization is seen to follow'
@@ -520,6 +614,16 @@ class _Conversion:
             return 'conv_cfg says so'
         if conv.weight[0].numel() < getattr(kind, 'min_fan_in', 1):
             return 'nothing would be left of a filter of one weight'
+        return ''
+
+    def _why_misplaced(self, conv) -> str:
+        """Say what speaks against a weight being standardized."""
+        if conv in self.others:
+            return f', although its output goes to {self.others[conv]}'
+        siblings = self.siblings.get(conv, ())
+        alone = not any(isinstance(m, self.norm_types) for m in siblings)
+        if conv not in self.normalized and siblings and alone:
+            return ', although no normalization is seen to follow'
         return ''
 
     def _conv_class(self, conv) -> Optional[type]:
@@ -557,7 +661,7 @@ class _Conversion:
 
     def _normalization(self, norm) -> Tuple[nn.Module, str]:
         channels = _num_features(norm)
-        cfg = {'eps': norm.eps, **self.norm_cfg}
+        cfg = {'eps': _eps(norm), **self.norm_cfg}
         if cfg['type'] == 'GN':
             groups = cfg.get('num_groups', 32)
             cfg['num_groups'] = largest_divisor(channels, groups)

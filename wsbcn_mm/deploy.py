@@ -171,7 +171,7 @@ def fold_for_inference(
                 continue
             reason = f'{type(conv).__name__} is no ordinary convolution'
         report.kept[name] = reason
-        if not isinstance(norm, STOCK_BATCH_NORMS):
+        if type(norm) not in STOCK_BATCH_NORMS:
             parts = [as_batch_norm(norm, _dims(conv, module)), remainder]
             module = _replace(module, norm, nn.Sequential(*parts).eval())
     for part in module.modules():

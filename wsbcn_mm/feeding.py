@@ -194,7 +194,7 @@ def _source(node) -> Optional[fx.Node]:
     return inputs[0] if inputs and isinstance(inputs[0], fx.Node) else None
 
 
-def _is_metadata(node: fx.Node) -> bool:
+def is_metadata(node: fx.Node) -> bool:
     """Whether a use looks at a tensor's shape only."""
     if node.op == 'call_function' and node.target is getattr:
         return node.args[1] in ('shape', 'device', 'dtype', 'requires_grad')
@@ -209,7 +209,7 @@ def _used_parameters(part) -> Iterator[nn.Parameter]:
     parameters = dict(root.named_parameters())
     for node in graph.nodes:
         if node.op == 'get_attr' and node.target in parameters:
-            if not all(map(_is_metadata, node.users)):
+            if not all(map(is_metadata, node.users)):
                 yield parameters[node.target]
 
 
@@ -230,7 +230,7 @@ def _calls(part, norm_types) -> Dict[nn.Module, List[tuple]]:
             result.setdefault(norm, []).append((conv, True))
     for node, conv in modules.items():
         if isinstance(conv, _ConvNd):
-            users = [u for u in node.users if not _is_metadata(u)]
+            users = [u for u in node.users if not is_metadata(u)]
             norms = [modules.get(u) for u in users]
             for norm in norms:
                 if isinstance(norm, norm_types) and len(users) > 1:

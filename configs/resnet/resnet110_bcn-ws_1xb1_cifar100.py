@@ -11,3 +11,7 @@ model = micro_batch_model(
     images_per_update=128,
 )
 model.head.in_channels = 64
+# The schedule of the code that the authors' is based on.
+optim_wrapper = dict(optimizer=dict(weight_decay=1e-4))
+train_cfg = dict(max_epochs=164)
+param_scheduler = dict(milestones=[81, 122], gamma=0.1)

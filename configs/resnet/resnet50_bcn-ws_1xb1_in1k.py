@@ -11,6 +11,9 @@ train_dataloader = dict(batch_size=1)
 # An optimizer step takes 256 images, as in the zoo, on one GPU. On several,
 # divide accumulative_counts by their number.
 optim_wrapper = dict(accumulative_counts=256)
+# The authors' schedule of ResNet-50.
+train_cfg = dict(max_epochs=90)
+param_scheduler = dict(milestones=[30, 60])
 # What --auto-scale-lr compares with counts the images of one iteration on all
 # GPUs, without accumulation.
 auto_scale_lr = dict(base_batch_size=1)

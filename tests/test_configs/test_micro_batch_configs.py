@@ -5,20 +5,28 @@ import functools
 import json
 from pathlib import Path
 
+import authors
+import mmcv
+import numpy as np
 import pytest
 import torch
 import yaml
+from mmcv.transforms import Compose
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from training_step import assert_trains, training_step
 
-from wsbcn_mm import BCN, ConvWS, update_rate
+from wsbcn_mm import BCN, ConvWS, SyncBCN, update_rate
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ('mask_rcnn', 'deeplabv3', 'deeplabv3plus')
-PATHS = [
+ALL_PATHS = [
     p for f in FOLDERS for p in sorted((ROOT / 'configs' / f).glob('*.py'))
 ]
+# The setting that the authors published mIoU of: large batches.
+VOC = 'deeplabv3_r101-d16_sync-bcn-ws_4xb4-50e_voc12aug-513x513'
+PATHS = [p for p in ALL_PATHS if p.stem != VOC]
 
 
 def walk(cfg):
@@ -60,7 +68,8 @@ def test_config_says_what_its_name_says(path, read):
     assert cfg.custom_imports.imports == ['wsbcn_mm']
 
     backbone = cfg.model.backbone
-    assert backbone.depth == (101 if '_r101' in name else 50)
+    assert backbone.depth == (101 if '101' in name.split('_')[1] else 50)
+    assert (backbone.type == 'ResNeXt') == ('_x' in name)
     assert backbone.conv_cfg == dict(type='ConvWS')
     assert backbone.get('frozen_stages', -1) == -1
     assert not backbone.norm_eval
@@ -68,7 +77,11 @@ def test_config_says_what_its_name_says(path, read):
         assert 'init_cfg' not in backbone
         assert not backbone.zero_init_residual
     else:
-        checkpoint = f'open-mmlab://jhu/resnet{backbone.depth}_gn_ws'
+        network = f'resnet{backbone.depth}'
+        if backbone.type == 'ResNeXt':
+            network = f'resnext{backbone.depth}_32x4d'
+            assert (backbone.groups, backbone.base_width) == (32, 4)
+        checkpoint = f'open-mmlab://jhu/{network}_gn_ws'
         assert backbone.init_cfg.checkpoint == checkpoint
         assert cfg.model.get('pretrained') is None
     if '_bcn-ws' in name:
@@ -83,6 +96,7 @@ def test_config_says_what_its_name_says(path, read):
     if 'mask-rcnn' in name:
         warm_up, decay = schedulers
         assert warm_up.end == 500 * counts and not warm_up.by_epoch
+        assert warm_up.start_factor == pytest.approx(1 / 3)
         epochs, milestones = {
             '1x': (12, [8, 11]),
             '2x': (24, [16, 22]),
@@ -110,7 +124,123 @@ def test_every_combination_is_there():
                             f'mask-rcnn_r{depth}{start}_fpn_{norm}-ws-all_'
                             f'1xb{images}-{schedule}_coco'
                         ) in names
-    assert len(names) == 96
+    for norm in ('bcn', 'gn'):  # as many images a GPU as the authors
+        for network, images in (('x50', 2), ('x101', 1)):
+            assert (
+                f'mask-rcnn_{network}-32x4d_fpn_{norm}-ws-all_1xb{images}-'
+                '20-23-24e_coco'
+            ) in names
+    assert len(names) == 100
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mask-rcnn_r50_fpn_bcn-ws-all_1xb1-1x_coco',
+        'mask-rcnn_r50-scratch_fpn_gn-ws-all_1xb2-2x_coco',
+    ],
+)
+def test_the_box_head_and_the_biases_are_those_of_the_authors(name):
+    cfg = load(name)
+    cfg.model.backbone.pop('init_cfg', None)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+    convs = model.roi_head.bbox_head.shared_convs
+    for layer in convs:
+        assert layer.conv.weight.std().item() == pytest.approx(0.01, rel=0.02)
+        assert layer.norm.weight.eq(1).all()
+    # As wide as FCNMaskHead and mmdet's box head have them elsewhere.
+    assert model.roi_head.mask_head.convs[0].conv.weight.std() > 0.02
+    head = model.roi_head.bbox_head
+    assert head.fc_cls.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert head.fc_reg.weight.std().item() == pytest.approx(0.001, rel=0.02)
+    bound = (6 / (256 * 49 + 1024)) ** 0.5
+    assert head.shared_fcs[0].weight.abs().max() <= bound * 1.001
+    assert head.shared_fcs[0].weight.abs().max() >= bound * 0.99
+
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.optimizer.param_groups:
+        (name,) = [names[id(p)] for p in group['params']]
+        is_bias = 'bias' in name
+        assert group['lr'] == pytest.approx(0.04 if is_bias else 0.02)
+        assert group['weight_decay'] == (0 if is_bias else 1e-4)
+
+
+def test_voc_is_the_setting_of_the_authors():
+    """Their DeepLabV3, as tests/authors.py has it."""
+    cfg = load(VOC)
+    assert cfg.train_dataloader.batch_size == 4
+    assert cfg.optim_wrapper.optimizer.lr == 0.007
+    assert cfg.optim_wrapper.optimizer.weight_decay == 1e-4
+    assert cfg.train_cfg.max_iters == cfg.param_scheduler[0].end == 33100
+    assert cfg.param_scheduler[0].eta_min == 0
+    for dataset in cfg.train_dataloader.dataset.datasets:
+        crops = [t for t in dataset.pipeline if 'Crop' in t['type']]
+        assert crops == [dict(type='RandomCrop', crop_size=(513, 513))]
+    cfg.model.backbone.pop('init_cfg')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model).double().eval()
+    norms = [m for m in model.modules() if isinstance(m, BCN)]
+    assert all(type(m) is SyncBCN and not m.estimate for m in norms)
+    assert all(m.momentum == 0.1 and len(m.weight) == 32 for m in norms)
+    assert not model.with_auxiliary_head
+    theirs = authors.deeplab((3, 4, 23, 3))
+    backbone = {
+        k: v for k, v in theirs.state_dict().items() if 'aspp' not in k
+    }
+    model.backbone.load_state_dict(backbone)
+    x = torch.randn(1, 3, 65, 65, dtype=torch.float64)
+    with torch.no_grad():
+        got, wanted = model.backbone(x)[-1], theirs.features(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+        assert got.shape[2:] == (5, 5)  # output stride 16
+        assert model(x, mode='tensor').shape == (1, 21, 5, 5)
+
+
+def test_voc_reads_images_as_the_authors_did(tmp_path):
+    """Half to twice their size, cropped; and in the test as they are."""
+    cfg = load(VOC)
+    image, labels = tmp_path / 'image.png', tmp_path / 'labels.png'
+    colors = np.random.default_rng(0).integers(0, 255, (400, 500, 3))
+    mmcv.imwrite(colors.astype(np.uint8), str(image))
+    mmcv.imwrite(np.ones((400, 500), np.uint8), str(labels))
+    example = dict(
+        img_path=str(image),
+        seg_map_path=str(labels),
+        reduce_zero_label=False,
+        seg_fields=[],
+    )
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        pipelines = [
+            Compose(p)
+            for p in (
+                cfg.train_dataloader.dataset.datasets[0].pipeline,
+                cfg.val_dataloader.dataset.pipeline,
+            )
+        ]
+        preprocess = MODELS.build(cfg.model.data_preprocessor)
+    sizes = set()
+    for _ in range(20):
+        packed = pipelines[0](copy.deepcopy(example))
+        sizes.add(tuple(packed['inputs'].shape[1:]))
+        batch = dict(
+            inputs=[packed['inputs']], data_samples=[packed['data_samples']]
+        )
+        batch = preprocess(batch, training=True)
+        assert batch['inputs'].shape == (1, 3, 513, 513)
+        labels = batch['data_samples'][0].gt_sem_seg.data
+        assert labels.shape == (1, 513, 513)
+        assert set(labels.unique().tolist()) <= {1, 255}
+    heights, widths = zip(*sizes)
+    assert min(heights) < 300 and max(heights) == max(widths) == 513
+    packed = pipelines[1](copy.deepcopy(example))
+    assert packed['inputs'].shape == (3, 400, 500)
+    batch = dict(
+        inputs=[packed['inputs']], data_samples=[packed['data_samples']]
+    )
+    assert preprocess(batch)['inputs'].shape == (1, 3, 513, 513)
 
 
 def test_dumped_config_reloads_the_same(tmp_path):
@@ -132,19 +262,19 @@ def test_metafiles_list_the_configs():
             path = ROOT / model['Config']
             assert path.is_file()
             listed.add(path)
-            if path in PATHS:  # not trained: no result may be claimed
+            if path in ALL_PATHS:  # not trained: no result may be claimed
                 assert 'Results' not in model and 'Weights' not in model
-    assert listed >= set(PATHS)
+    assert listed >= set(ALL_PATHS)
 
 
 def check_form(model) -> None:
     """WS where a normalization follows, and nowhere else."""
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
+    norms = [
+        m for m in model.modules() if isinstance(m, (BCN, torch.nn.GroupNorm))
+    ]
     standardized = [m for m in model.modules() if isinstance(m, ConvWS)]
     assert norms and standardized
-    assert not any(
-        isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()
-    )
+    assert not any(type(m) is torch.nn.BatchNorm2d for m in model.modules())
     plain = {
         name
         for name, m in model.named_modules()
@@ -218,7 +348,7 @@ def test_every_full_size_model_builds(read):
         scope = 'mmdet' if 'mask-rcnn' in path.stem else 'mmseg'
         with torch.device('meta'), DefaultScope.overwrite_default_scope(scope):
             check_form(MODELS.build(model))
-    assert len(built) == 8 + 24
+    assert len(built) == 8 + 4 + 24
 
 
 @pytest.mark.slow

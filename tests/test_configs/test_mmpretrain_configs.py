@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wsbcn_mm import BCN, ConvWS, update_rate
-from wsbcn_mm.layers.batch_statistics import BatchStatistics
+from wsbcn_mm.layers._base import NormBase
 
 FOLDER = Path(__file__).parents[2] / 'configs' / 'resnet'
 PATHS = sorted(FOLDER.glob('*.py'))
@@ -52,13 +52,26 @@ def test_every_combination_is_there():
 def test_config_says_what_its_name_says(path):
     cfg = Config.fromfile(path)
     depth, norm, images, data = parts(path)
-    step = 256 if data == 'in1k' else 128
+    # The authors' batch of ResNet-101, with the learning rate of 256.
+    step = 256 if data == 'in1k' and depth != 101 else 128
     assert cfg.train_dataloader.batch_size == images
     assert cfg.optim_wrapper.accumulative_counts * images == step
     # mmengine counts the images of an iteration, without accumulation.
     assert cfg.auto_scale_lr.base_batch_size == images
     assert cfg.optim_wrapper.optimizer.lr == 0.1
-    assert cfg.train_cfg.max_epochs == (100 if data == 'in1k' else 200)
+    epochs, milestones, decay = {
+        (18, 'in1k'): (100, [30, 60, 90], 1e-4),
+        (50, 'in1k'): (90, [30, 60], 1e-4),
+        (101, 'in1k'): (100, [30, 60, 90], 1e-4),
+        (18, 'cifar10'): (200, [100, 150], 1e-4),
+        (18, 'cifar100'): (200, [60, 120, 160], 5e-4),
+        (110, 'cifar10'): (164, [81, 122], 1e-4),
+        (110, 'cifar100'): (164, [81, 122], 1e-4),
+    }[depth, data]
+    assert cfg.train_cfg.max_epochs == epochs
+    assert cfg.param_scheduler.milestones == milestones
+    assert cfg.param_scheduler.gamma == (0.2 if decay == 5e-4 else 0.1)
+    assert cfg.optim_wrapper.optimizer.weight_decay == decay
     assert 'wsbcn_mm' in cfg.custom_imports.imports
 
     classes = {'in1k': 1000, 'cifar10': 10, 'cifar100': 100}[data]
@@ -97,7 +110,7 @@ def assert_trains(path: Path) -> None:
     model = build(cfg).train()
     layers = list(model.modules())
     assert not any(
-        isinstance(m, _BatchNorm) and not isinstance(m, BatchStatistics)
+        isinstance(m, _BatchNorm) and not isinstance(m, NormBase)
         for m in layers
     )
     kind = BCN if norm == 'bcn-ws' else nn.GroupNorm
@@ -151,3 +164,10 @@ def test_metafile_lists_every_config():
     for model in models:
         assert model['In Collection'] in collections
         assert 'Results' not in model  # none was run
+        cfg = Config.fromfile(FOLDER.parents[1] / model['Config'])
+        images = cfg.train_dataloader.batch_size
+        assert model['Metadata']['Epochs'] == cfg.train_cfg.max_epochs
+        assert model['Metadata']['Images per GPU'] == images
+        assert model['Metadata']['Batch Size'] == (
+            images * cfg.optim_wrapper.accumulative_counts
+        )

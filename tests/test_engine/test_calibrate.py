@@ -1,4 +1,6 @@
 import copy
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from wsbcn_mm import BCN, ConvWS
-from wsbcn_mm.engine import calibrate
+from wsbcn_mm.engine import CalibrateEstimatesHook, calibrate
 
 
 def network(norm, dropout=0.0):
@@ -73,7 +75,7 @@ def test_one_pass_measures_what_training_converges_to():
     calibrate(net.train(), [x])
     measured = [net[i].running_mean.clone() for i in (1, 4, 7)]
     for i in (1, 4, 7):
-        net[i].momentum = 1.0
+        net[i].momentum = 0.9999
     net(x)
     for i, mean in zip((1, 4, 7), measured):
         assert torch.allclose(net[i].running_mean, mean, atol=1e-3)
@@ -149,12 +151,14 @@ class Images(torch.utils.data.Dataset):
         return dict(inputs=torch.rand(3, 16, 16, generator=generator) + index)
 
 
-def run(tmp_path, hook=True, resume=False, max_iters=2):
+def run(
+    tmp_path, hook=True, resume=False, max_iters=2, net=None, num_images=12
+):
     torch.manual_seed(0)
-    net = from_gn(momentum=0.0)
+    net = net or from_gn(momentum=0.0)
     if resume:
         net[1].batch_weight.data.fill_(1)
-    cfg = dict(type='CalibrateEstimatesHook', num_images=12)
+    cfg = dict(type='CalibrateEstimatesHook', num_images=num_images)
     runner = Runner(
         Model(net),
         str(tmp_path),
@@ -181,6 +185,40 @@ def test_hook(tmp_path):
     assert (net[1].batch_weight - 1).abs().max() > 0.1
     # The training's random numbers are not touched.
     assert torch.equal(after, run(tmp_path / 'without', hook=False)[1])
+
+
+@pytest.mark.parametrize('num_images', [8, 12, 64])
+def test_hook_says_how_many_images_it_saw(tmp_path, num_images, monkeypatch):
+    """The set has 12."""
+    told, seen = [], []
+
+    def info(logger, message, *args):
+        if 'layers got estimates' in str(message):
+            told.append((message, sum(seen)))
+
+    monkeypatch.setattr(logging.Logger, 'info', info)
+    net = from_gn(momentum=0.0)
+    net[1].register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    run(tmp_path, net=net, num_images=num_images)
+    ((line, count),) = told
+    assert count == min(num_images, 12)
+    assert f'from {count} images' in line
+    assert ('all that there are' in line) == (num_images > 12)
+
+
+def test_hook_needs_a_length(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(Images())
+
+    runner = SimpleNamespace(
+        model=nn.Module(),
+        train_dataloader=torch.utils.data.DataLoader(Stream()),
+        iter=0,
+        _resume=False,
+    )
+    with pytest.raises(TypeError, match='Stream has no length.*calibrate'):
+        CalibrateEstimatesHook().before_train(runner)
 
 
 def test_hook_does_nothing_on_resume(tmp_path):

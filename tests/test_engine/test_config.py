@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmcv.cnn import ConvModule
 from mmengine.config import Config, ConfigDict
+from mmengine.config.lazy import LazyObject
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from training_step import assert_trains, training_step
@@ -159,6 +161,149 @@ def test_delete_keys_of_the_input_are_gone():
     assert '_delete_' not in micro_batch_model(model).backbone.to_dict()
 
 
+# New-style configs, whose types are classes
+
+LAZY = """
+from mmdet.models import FPN, DetDataPreprocessor, RetinaHead, RetinaNet
+from mmdet.models import backbones
+from mmdet.models.task_modules import AnchorGenerator
+from mmengine.model import PretrainedInit
+from torch import nn
+
+model = dict(
+    type=RetinaNet,
+    data_preprocessor=dict(type=DetDataPreprocessor),
+    backbone=dict(
+        type=backbones.ResNet,
+        depth=18,
+        norm_cfg=dict(type=nn.BatchNorm2d),
+        init_cfg=dict(type=PretrainedInit, checkpoint='somewhere'),
+    ),
+    neck=dict(
+        type=FPN, in_channels=[64, 128, 256, 512], out_channels=64, num_outs=5
+    ),
+    bbox_head=dict(
+        type=RetinaHead,
+        num_classes=3,
+        in_channels=64,
+        anchor_generator=dict(
+            type=AnchorGenerator, ratios=[1.0], scales=[8], strides=[8] * 5
+        ),
+    ),
+)
+"""
+
+
+@pytest.fixture
+def lazy(tmp_path, monkeypatch):
+    (tmp_path / 'base.py').write_text(LAZY)
+    return tmp_path / 'base.py'
+
+
+def assert_converted(cfg, folder):
+    """Now, and after it was dumped and loaded."""
+    cfg.dump(folder / 'dumped.py')
+    for part in walk(cfg.model.to_dict()):
+        assert isinstance(part.get('type', ''), str)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        for model in (cfg.model, Config.fromfile(folder / 'dumped.py').model):
+            model = MODELS.build(model)
+            kinds = [type(m) for m in model.modules()]
+            assert kinds.count(BCN) == kinds.count(ConvWS) == 20
+            assert nn.BatchNorm2d not in kinds
+            assert model.backbone.bcn1.num_groups == 16
+
+
+@pytest.mark.filterwarnings('ignore:micro_batch_model')
+@pytest.mark.parametrize(
+    'norm, conv', [("'BCN'", "'ConvWS'"), ('BCN', 'ConvWS')]
+)
+def test_inside_a_new_style_config(lazy, norm, conv):
+    path = lazy.parent / 'config.py'
+    path.write_text(f"""
+from mmengine.config import read_base
+with read_base():
+    from .base import *
+from wsbcn_mm import BCN, ConvWS, micro_batch_model
+model = micro_batch_model.build()(
+    model, norm_cfg=dict(type={norm}, num_groups=16),
+    conv_cfg=dict(type={conv}))
+""")
+    cfg = Config.fromfile(path)
+    assert 'init_cfg' not in cfg.model.backbone
+    assert_converted(cfg, lazy.parent)
+
+
+@pytest.mark.filterwarnings('ignore:micro_batch_model')
+@pytest.mark.parametrize(
+    'norm, conv',
+    [
+        (BCN, ConvWS),
+        (LazyObject('wsbcn_mm', 'BCN'), LazyObject('wsbcn_mm', 'ConvWS')),
+        (LazyObject('wsbcn_mm').BCN, LazyObject('wsbcn_mm').ConvWS),
+        ('wsbcn_mm.BCN', 'wsbcn_mm.layers.conv_ws.ConvWS'),
+    ],
+    ids=['class', 'LazyObject', 'LazyAttr', 'path'],
+)
+def test_new_style_config_that_is_loaded(lazy, norm, conv):
+    cfg = Config.fromfile(lazy)
+    before = copy.deepcopy(cfg.model)
+    cfg.model = micro_batch_model(
+        cfg.model,
+        norm_cfg=ConfigDict(type=norm, num_groups=16),
+        conv_cfg=ConfigDict(type=conv),
+    )
+    assert cfg.model.backbone.norm_cfg.type == 'BCN'
+    assert cfg.model.bbox_head.type == 'mmdet.RetinaHead'
+    assert_converted(cfg, lazy.parent)
+    assert before.backbone.norm_cfg.type is nn.BatchNorm2d
+    again = micro_batch_model(
+        cfg.model, norm_cfg=dict(type=nn.GroupNorm, num_groups=16)
+    )
+    assert again.backbone.norm_cfg == dict(type='GN', num_groups=16)
+
+
+def test_class_that_no_text_names():
+    """A class of this function: the config can be built, not dumped."""
+
+    class Local(nn.Module):
+        def __init__(self, norm_cfg=None, conv_cfg=None):
+            super().__init__()
+            self.block = ConvModule(
+                3, 8, 3, norm_cfg=norm_cfg, conv_cfg=conv_cfg
+            )
+
+    model = micro_batch_model(dict(type=Local, norm_cfg=dict(type='BN')))
+    assert model.type is Local
+    built = MODELS.build(model).block
+    assert isinstance(built.norm, BCN) and isinstance(built.conv, ConvWS)
+
+
+@pytest.mark.filterwarnings('ignore:micro_batch_model')
+@pytest.mark.parametrize(
+    'prefix',
+    ['', 'mmdet.', 'mmdet.models.roi_heads.bbox_heads.convfc_bbox_head.'],
+)
+def test_scope_of_a_head_that_is_replaced(prefix):
+    model = zoo('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    model.roi_head.bbox_head.type = f'{prefix}Shared2FCBBoxHead'
+    model = micro_batch_model(model)
+    head = model.roi_head.bbox_head
+    assert head.type == f'{prefix}Shared4Conv1FCBBoxHead'
+    with torch.device('meta'), DefaultScope.overwrite_default_scope('mmdet'):
+        assert len(MODELS.build(model).roi_head.bbox_head.shared_convs) == 4
+
+
+def test_scope_of_one_dimension():
+    model = dict(
+        type='mmseg.OCRHead',  # no matter which: conv_cfg is what is meant
+        norm_cfg=dict(type='BN'),
+        conv_cfg=dict(type='Conv1d'),
+    )
+    model = micro_batch_model(model, conv_cfg=dict(type='wsbcn_mm.ConvWS'))
+    assert model.conv_cfg.type == 'ConvWS1d'
+
+
 # What is replaced
 
 
@@ -177,7 +322,7 @@ def test_norm_cfg():
     given = dict(type='GN', num_groups=32)
     assert norm(norm_cfg=given, images_per_gpu=2) == given
     mabn = norm(norm_cfg=dict(type='MABN'), images_per_gpu=2)
-    assert mabn == dict(type='MABN', batch_size=2, simulated_batch_size=16)
+    assert mabn == dict(type='MABN', batch_size=2, simulated_batch_size=32)
 
 
 @pytest.mark.parametrize('kind', ['BN', 'SyncBN', 'GN', 'IN', 'BCN', 'BN2d'])
@@ -589,14 +734,21 @@ def test_unregistered_class_is_told():
 
 
 def test_layers_out_of_reach_are_converted_later_and_told(monkeypatch):
-    path = 'mmdet::dyhead/atss_r50_fpn_dyhead_1x_coco.py'
+    path = 'mmdet::double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py'
     told = []
     monkeypatch.setattr(config, 'print_log', lambda m, logger: told.append(m))
     config._tell.cache_clear()
     assert converted(path).type == 'ConvertedModel'
-    assert len(told) == 1 and 'some layers of DyHead' in told[0]
-    with pytest.warns(UserWarning, match='DyHead.*convert_to_micro_batch'):
-        assert micro_batch_model(zoo(path), convert=False).type == 'ATSS'
+    assert len(told) == 1 and 'some layers of DoubleConvFCBBoxHead' in told[0]
+    with pytest.warns(UserWarning, match='DoubleConv.*convert_to_micro_batch'):
+        model = micro_batch_model(zoo(path), convert=False)
+    assert model.type == 'FasterRCNN'
+
+
+def test_type_stays_where_the_config_reaches_all():
+    """DyHead's own GroupNorms depend on no batch: nothing is left to do."""
+    path = 'mmdet::dyhead/atss_r50_fpn_dyhead_1x_coco.py'
+    assert converted(path).type == 'ATSS'
 
 
 def test_vectors_are_told():

@@ -144,7 +144,7 @@ def run_average(model, x):
 
 def test_one_all_reduce_for_the_whole_network(processes):
     frozen = BCN(8)
-    frozen.batch_statistics.eval()
+    frozen.eval()
     with torch.no_grad():
         frozen.running_mean.normal_()
     model = nn.Sequential(

@@ -7,6 +7,9 @@ import torch
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
@@ -67,7 +70,7 @@ def test_distance_from_batch_normalization(norm):
         norm.momentum = 0.0
     got = report_of(norm, x)
     assert got.distance == pytest.approx(float(expected), abs=2e-3)
-    if isinstance(norm, nn.BatchNorm2d):
+    if type(norm) is nn.BatchNorm2d:
         assert got.distance < 1e-3
 
 
@@ -151,7 +154,7 @@ class Model(BaseModel):
         return dict(loss=y.square().mean()) if mode == 'loss' else y
 
 
-def train(tmp_path, model, **hook):
+def train(tmp_path, model, cfg=None, **hook):
     runner = Runner(
         model=model,
         work_dir=str(tmp_path),
@@ -174,6 +177,7 @@ def train(tmp_path, model, **hook):
             ],
         ),
         experiment_name=tmp_path.name,
+        cfg=cfg,
     )
     messages = []
 
@@ -223,3 +227,53 @@ def test_hook_says_when_nothing_depends_on_the_input(tmp_path):
 def test_hook_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         NormalizationMonitorHook(**arguments)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, 'set_stance'), reason='needs torch 2.6'
+)
+def test_hook_sees_a_compiled_model(tmp_path):
+    model = Model()
+    _, messages = train(
+        tmp_path,
+        model,
+        cfg=dict(compile=dict(backend='eager')),
+        interval=10,
+        num_images=6,
+    )
+    logged = [line for line in scalars(tmp_path) if 'norm_off' in line]
+    assert logged
+    assert not any('saw no normalization' in m for m in messages)
+    assert any('compiled' in m for m in messages)
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda m: torch.compile(m, backend='eager'),
+        lambda m: nn.Sequential(m[0], checkpoint_wrapper(m[1]), m[2]),
+    ],
+    ids=['compiled', 'checkpointed'],
+)
+def test_names_are_those_of_the_model_itself(wrap):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU())
+    wrapped = wrap(model)
+    x = torch.randn(2, 3, 8, 8)
+    wrapped(x)  # compiled before anyone watches
+    monitor = NormalizationMonitor(wrapped)
+    with monitor.watching():
+        wrapped(x)
+    assert list(monitor.reports()) == ['1']
+    wrapped(x)
+    assert monitor._layers['1'].count == 2 * 36
+
+
+def test_hook_says_that_it_saw_nothing(tmp_path):
+    class Bypass(Model):
+        def forward(self, inputs, mode='tensor'):
+            loss = self.conv(torch.stack(inputs)).square().mean()
+            return dict(loss=loss)
+
+    _, messages = train(tmp_path, Bypass(), interval=5, num_images=2)
+    told = [m for m in messages if 'saw no normalization' in m]
+    assert len(told) == 1 and 'in 1 layers' in told[0]

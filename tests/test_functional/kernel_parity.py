@@ -4,6 +4,7 @@ Also a script, since Triton interprets its kernels on a CPU only if the
 process begins with TRITON_INTERPRET=1:
 
     TRITON_INTERPRET=1 python tests/test_functional/kernel_parity.py fused
+    python tests/test_functional/kernel_parity.py fused cuda 20
 """
 
 import importlib
@@ -15,12 +16,12 @@ from unittest import mock
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from parity import check
 
 from wsbcn_mm import BCN
 from wsbcn_mm.functional import kernels
-from wsbcn_mm.functional.kernels.parity import (
+from wsbcn_mm.functional.kernels.self_check import (
     TOLERANCE,
-    check,
     check_first_use,
 )
 
@@ -82,22 +83,25 @@ def run(name, device, examples, dtypes=tuple(TOLERANCE)):
     parity()
 
 
-def check_layer(name):
+def check_layer(name, device='cpu'):
     """Two steps of a BCN, and one in evaluation, as with the definition."""
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 4e-2)):
-        _check_layer(name, dtype, tolerance, 7, momentum=0.1)
-        _check_layer(name, dtype, tolerance, 7, momentum=0.1, estimate=False)
+        for arguments in ({}, dict(estimate=False), dict(grad_averaging=5)):
+            _check_layer(
+                name, device, dtype, tolerance, 7, momentum=0.1, **arguments
+            )
     # Where a fourth sample, of zeros, would be divided by zero.
-    _check_layer(name, torch.float32, 1e-3, 33, momentum=0.0, eps=0.0)
+    _check_layer(name, device, torch.float32, 1e-3, 33, momentum=0.0, eps=0.0)
 
 
-def _check_layer(name, dtype, tolerance, length, **arguments):
+def _check_layer(name, device, dtype, tolerance, length, **arguments):
     results = []
     for module in (kernels.plain, backend(name)):
         torch.manual_seed(0)
-        norm = BCN(12, num_groups=4, **arguments).to(dtype)
-        x = torch.randn(3, 12, length, length).to(dtype).requires_grad_()
-        with kernels.use('cpu', module):
+        norm = BCN(12, num_groups=4, **arguments).to(device, dtype)
+        x = torch.randn(3, 12, length, length).to(device, dtype)
+        x.requires_grad_()
+        with kernels.use(device, module):
             for _ in range(2):
                 norm(x).square().mul(x.detach()).sum().backward()
             y = norm.eval()(x)
@@ -106,15 +110,17 @@ def _check_layer(name, dtype, tolerance, length, **arguments):
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
-def check_gradient_of_gradient(name):
+def check_gradient_of_gradient(name, device='cpu'):
     """That of a gradient penalty, which the definition differentiates."""
     for estimate in (True, False):
         results = []
         for module in (kernels.plain, backend(name)):
             torch.manual_seed(0)
-            norm = BCN(6, 2, momentum=0.1, estimate=estimate).double()
-            x = torch.randn(2, 6, 3, 3).double().requires_grad_()
-            with kernels.use('cpu', module):
+            norm = BCN(6, 2, momentum=0.1, estimate=estimate)
+            norm.to(device, torch.float64)
+            x = torch.randn(2, 6, 3, 3).to(device, torch.float64)
+            x.requires_grad_()
+            with kernels.use(device, module):
                 y = norm(x).sin().sum()
                 (grad,) = torch.autograd.grad(y, x, create_graph=True)
                 grad.square().sum().backward()
@@ -122,15 +128,57 @@ def check_gradient_of_gradient(name):
         torch.testing.assert_close(*results)
 
 
-def check_layout_of_what_was_saved(name):
+def check_overflow(name, device='cpu'):
+    """A channel that is not finite keeps its estimates, the others do not."""
+    for value in (torch.inf, torch.nan):
+        # In one tile, and in several.
+        for length, estimate in ((5, True), (5, False), (67, True)):
+            torch.manual_seed(0)
+            x = torch.randn(2, 6, length, length).to(device, torch.float16)
+            x[1, 4, 2, 3] = value
+            norms = []
+            for module in (kernels.plain, backend(name)):
+                norm = BCN(6, 2, momentum=0.1, estimate=estimate)
+                norm.to(device)
+                with kernels.use(device, module):
+                    norm(x)
+                norms.append(norm)
+            expected, norm = norms
+            assert norm.running_mean[4] == 0 and norm.running_var[4] == 1
+            assert (norm.running_mean != 0).sum() == 5, norm.running_mean
+            torch.testing.assert_close(
+                [*norm.buffers()], [*expected.buffers()]
+            )
+
+
+def check_many_tiles(device='cpu'):
+    """More than ``join_moments`` looks at together, the last one cut off."""
+    from wsbcn_mm.functional.kernels import fused_coefficients
+
+    torch.manual_seed(0)
+    rows, positions = 3, 4
+    length = positions * (2 * fused_coefficients._AT_ONCE + 77) + 1
+    x = torch.randn(rows, length, dtype=torch.float64) * 0.1 + 30
+    tiles = x.split(positions, 1)
+    mean = torch.stack([t.mean(1) for t in tiles], 1)
+    var = torch.stack([t.var(1, correction=0) for t in tiles], 1)
+    joined = torch.empty(2, rows, device=device)
+    join = fused_coefficients.joining(rows, length, positions, len(tiles))
+    join(*(t.to(joined) for t in (mean, var)), *joined)
+    expected = torch.stack([x.mean(1), x.var(1, correction=0)])
+    joined = joined.double().cpu()
+    torch.testing.assert_close(joined, expected, rtol=1e-5, atol=0)
+
+
+def check_layout_of_what_was_saved(name, device='cpu'):
     """Hooks, as those that move activations elsewhere, may change it."""
-    x = torch.randn(2, 8, 48, 48).contiguous(memory_format=torch.channels_last)
-    x.requires_grad_()
+    x = torch.randn(2, 8, 48, 48, device=device)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     results = []
     for pack in (lambda t: t, torch.Tensor.contiguous):
-        norm = BCN(8, 2)
+        norm = BCN(8, 2).to(device)
         with (
-            kernels.use('cpu', backend(name)),
+            kernels.use(device, backend(name)),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
         ):
             y = norm(x).square().sum()
@@ -186,8 +234,35 @@ def check_devices():
         mock.patch.object(torch.cuda, 'device_of', device_of),
         mock.patch.object(kernel_type, 'run', run),
     ):
+        check(fused, *torch.randn(2, 1, 2, 67, 71))
         check_first_use(fused, torch.device('cpu'), torch.float32)
-    assert '_backward' in launched and all(launched.values()), launched
+    assert launched.keys() >= {'_backward', '_whole_backward'}, launched
+    assert all(launched.values()), launched
+
+
+def check_asked_once(capability):
+    """Triton looks at nothing again, whatever the number of channels."""
+    from wsbcn_mm.functional.kernels.launch import Launch
+
+    importlib.import_module('_stand_in').install(capability)
+    asked, ask = [], Launch._ask_triton
+
+    def asking(launch, *arguments):
+        asked.append(launch.kernel.jit.fn.__name__)
+        return ask(launch, *arguments)
+
+    with (
+        mock.patch.object(Launch, '_ask_triton', asking),
+        kernels.use('cpu', backend('fused')),
+    ):
+        for shape in ((1, 18, 5, 7), (1, 18, 96, 96), (3, 3, 5, 5)):
+            norm = BCN(shape[1], 3)
+            for expected in (True, False):
+                asked.clear()
+                for mode in (True, False):
+                    y = norm.train(mode)(torch.ones(shape).requires_grad_())
+                    y.sum().backward()
+                assert bool(asked) == expected, (shape, asked)
 
 
 def check_compiled(capability):
@@ -265,10 +340,17 @@ def check_compiled(capability):
     }, again
 
 
-if __name__ == '__main__':
-    run(sys.argv[1], 'cpu', 30)
-    check_layer(sys.argv[1])
-    check_gradient_of_gradient(sys.argv[1])
-    check_layout_of_what_was_saved(sys.argv[1])
-    check_launches()
+def main(name, device='cpu', examples='30'):
+    run(name, device, int(examples))
+    check_layer(name, device)
+    check_gradient_of_gradient(name, device)
+    check_overflow(name, device)
+    check_layout_of_what_was_saved(name, device)
+    check_many_tiles(device)
+    if device == 'cpu':
+        check_launches()
     print('parity holds')
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

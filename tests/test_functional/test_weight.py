@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmcv.cnn.bricks.conv_ws import conv_ws_2d
 from torch import nn
 from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
@@ -15,10 +14,14 @@ from wsbcn_mm import ConvWS, ConvWS1d
 from wsbcn_mm.functional import standardize_weight
 
 
-def definition(weight, eps=1e-5):
+def definition(weight, eps=1e-5, eps_inside_sqrt=False):
     wide = weight.double().flatten(1)
     centered = wide - wide.mean(1, keepdim=True)
-    return (centered / (wide.std(1, keepdim=True) + eps)).view_as(weight)
+    if eps_inside_sqrt:
+        divisor = (wide.var(1, keepdim=True) + eps).sqrt()
+    else:
+        divisor = wide.std(1, keepdim=True) + eps
+    return (centered / divisor).view_as(weight)
 
 
 needs_cuda = pytest.mark.skipif(
@@ -37,8 +40,11 @@ needs_cuda = pytest.mark.skipif(
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     st.booleans(),
     st.sampled_from([(0.0, 1.0), (0.0, 1e-3), (100.0, 0.1)]),
+    st.sampled_from([(1e-5, False), (1e-5, True), (0.1, True), (0.0, True)]),
 )
-def test_parity_with_the_definition(device, shape, dtype, channels_last, size):
+def test_parity_with_the_definition(
+    device, shape, dtype, channels_last, size, form
+):
     mean, std = size
     weight = torch.randn(shape, dtype=torch.float64, device=device)
     weight = (weight * std + mean).to(dtype)
@@ -47,7 +53,10 @@ def test_parity_with_the_definition(device, shape, dtype, channels_last, size):
     weight.requires_grad_()
     wide = weight.detach().double().requires_grad_()
     grad = torch.randn(shape, device=device).to(dtype)
-    result, expected = standardize_weight(weight), definition(wide)
+    result, expected = (
+        standardize_weight(weight, *form),
+        definition(wide, *form),
+    )
     result.backward(grad)
     expected.backward(grad.double())
     tolerance = {torch.float64: 1e-9, torch.float32: 3e-4}.get(dtype, 2e-2)
@@ -66,6 +75,28 @@ def test_a_filter_of_one_weight_is_refused():
         standardize_weight(torch.randn(4, 1, 1, 1))
 
 
+@pytest.mark.parametrize('inside', [False, True])
+def test_a_constant_filter_gives_zeros_and_a_finite_gradient(inside):
+    weight = torch.full((2, 3, 3, 3), 0.5, requires_grad=True)
+    standardize_weight(weight, eps_inside_sqrt=inside).sum().backward()
+    assert standardize_weight(weight, eps_inside_sqrt=inside).eq(0).all()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('form', [(1e-5, False), (1e-5, True), (0.1, True)])
+def test_a_compiler_gets_the_same_numbers(form):
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(weight)
+    compiled = torch.compile(
+        standardize_weight, backend='aot_eager', fullgraph=True
+    )
+    results = []
+    for function in (compiled, definition):
+        y = function(weight, *form)
+        results.append((y, *torch.autograd.grad(y, weight, grad)))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
 @pytest.fixture
 def count(monkeypatch):
     """How often a weight was standardized."""
@@ -81,9 +112,8 @@ def count(monkeypatch):
 
 
 def textbook(conv, x):
-    return conv_ws_2d(
-        x, conv.weight, conv.bias, conv.stride, conv.padding, eps=conv.eps
-    )
+    weight = definition(conv.weight, conv.eps, conv.eps_inside_sqrt)
+    return conv._conv_forward(x, weight.to(x.dtype), conv.bias)
 
 
 def check(conv, x):
@@ -212,6 +242,10 @@ def _eps(conv):
     conv.eps = 0.5
 
 
+def _form(conv):
+    conv.eps, conv.eps_inside_sqrt = 0.1, not conv.eps_inside_sqrt
+
+
 def _inplace_init(conv):
     nn.init.normal_(conv.weight)
 
@@ -220,7 +254,7 @@ def _inplace_init(conv):
     'change',
     [
         _edit, _step, _fused_step, _load, _assign, _replace, _round_trip,
-        _swap_data, _ema, _eps, _inplace_init,
+        _swap_data, _ema, _eps, _form, _inplace_init,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize('grad', [False, True])
@@ -287,8 +321,11 @@ def test_autocast_casts_once_and_keeps_both(conv, x):
     check(conv, x)
 
 
-def test_double_backward(x):
-    conv = ConvWS1d(3, 2, 3, dtype=torch.float64)
+@pytest.mark.parametrize('form', [(1e-5, False), (0.1, True)])
+def test_double_backward(form):
+    conv = ConvWS1d(
+        *(3, 2, 3), eps=form[0], eps_inside_sqrt=form[1], dtype=torch.float64
+    )
     x = torch.randn(1, 3, 4, dtype=torch.float64)
 
     def second(function):
@@ -300,12 +337,16 @@ def test_double_backward(x):
     torch.testing.assert_close(
         second(lambda: conv(x)),
         second(
-            lambda: nn.functional.conv1d(x, definition(conv.weight), conv.bias)
+            lambda: nn.functional.conv1d(
+                x, definition(conv.weight, *form), conv.bias
+            )
         ),
     )
 
 
-def test_functional_call_and_transforms(conv, x):
+@pytest.mark.parametrize('inside', [False, True])
+def test_functional_call_and_transforms(conv, x, inside):
+    conv.eps, conv.eps_inside_sqrt = 0.1, inside
     other = torch.randn_like(conv.weight)
 
     def loss(weight, x):
@@ -314,7 +355,7 @@ def test_functional_call_and_transforms(conv, x):
 
     def wanted(weight, x):
         y = nn.functional.conv2d(
-            x, definition(weight).float(), conv.bias, padding=1
+            x, definition(weight, 0.1, inside).float(), conv.bias, padding=1
         )
         return y.square().sum()
 

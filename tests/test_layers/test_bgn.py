@@ -122,7 +122,7 @@ def test_inference_affine_is_evaluation(groups):
 @pytest.mark.parametrize('groups', [2, 16])
 def test_norm_eval_freezes_the_running_averages(groups):
     norm = randomized(BGN(8, groups))
-    norm.batch_statistics.eval()
+    norm.eval()
     before = copy.deepcopy(norm.state_dict())
     x = torch.randn(2, 8, 4, 4)
     y = norm(x)

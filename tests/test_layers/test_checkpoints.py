@@ -1,10 +1,10 @@
 import copy
 import io
-import logging
 import pickle
 import time
 from functools import partial
 
+import authors
 import pytest
 import torch
 from mmengine.runner import load_checkpoint, save_checkpoint
@@ -14,9 +14,9 @@ from mmengine.runner.checkpoint import (
     weights_to_cpu,
 )
 from torch import nn
-from torch.utils.data import DataLoader
 
-from wsbcn_mm import BCN, BGN, MABN, ConvWS
+from wsbcn_mm import BCN, BGN, MABN, CenConv, ConvWN, ConvWS
+from wsbcn_mm.layers.checkpoint_names import RECORD
 
 LOADERS = {
     'torch': lambda m, s, strict=True: m.load_state_dict(s, strict=strict),
@@ -27,24 +27,6 @@ LOADERS = {
 @pytest.fixture(params=LOADERS)
 def load(request):
     return LOADERS[request.param]
-
-
-@pytest.fixture
-def messages():
-    """What is logged, with the level it is logged at."""
-    from mmengine.logging import MMLogger
-
-    records = []
-
-    class Handler(logging.Handler):
-        def emit(self, record):
-            records.append((record.levelname, record.getMessage()))
-
-    logger = MMLogger.get_current_instance()
-    handler = Handler()
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
 
 
 class Block(nn.Module):
@@ -124,22 +106,70 @@ def test_mabn_goes_into_the_batch_part(load):
     )
 
 
-def test_authors_layout(load):
+@pytest.mark.parametrize('part', ['bn', 'pbn'])
+def test_authors_layout(load, part):
     target = nn.Sequential(BCN(8, 4))
     state = {
         '0.weight': torch.rand(1, 4, 1),
         '0.bias': torch.rand(1, 4, 1),
-        '0.bn.weight': torch.rand(8),
-        '0.bn.bias': torch.rand(8),
-        '0.bn.running_mean': torch.rand(8),
-        '0.bn.running_var': torch.rand(8),
-        '0.bn.num_batches_tracked': torch.tensor(3),
-        '0.bn.estbn_moving_speed': torch.rand(1),
+        f'0.{part}.weight': torch.rand(8),
+        f'0.{part}.bias': torch.rand(8),
+        f'0.{part}.running_mean': torch.rand(8),
+        f'0.{part}.running_var': torch.rand(8),
+        f'0.{part}.num_batches_tracked': torch.tensor(3),
     }
+    if part == 'bn':
+        state['0.bn.estbn_moving_speed'] = torch.rand(1)
     load(target, dict(state))
     assert torch.equal(target[0].weight, state['0.weight'].flatten())
-    assert torch.equal(target[0].batch_bias, state['0.bn.bias'])
+    assert torch.equal(target[0].batch_bias, state[f'0.{part}.bias'])
     assert target[0].num_batches_tracked == 3
+    del state[f'0.{part}.num_batches_tracked']  # as their test script does
+    load(target, dict(state), strict=False)
+
+
+@pytest.mark.parametrize('inside', [False, True])
+@pytest.mark.parametrize('training', [False, True])
+def test_the_authors_layers_compute_the_same(load, inside, training):
+    conv = authors.ImageNetConv2d if inside else authors.Conv2d
+    theirs = nn.Sequential(conv(3, 8, 3, bias=False), authors.BCNorm(8, 4))
+    ours = nn.Sequential(
+        ConvWS(3, 8, 3, bias=False, eps_inside_sqrt=inside),
+        BCN(8, 4, estimate=False),
+    )
+    randomized(theirs)
+    theirs[0].weight.data *= 0.02
+    load(ours, theirs.state_dict())
+    x = torch.randn(2, 3, 6, 6, dtype=torch.double, requires_grad=True)
+    results = []
+    for net in (ours, theirs):
+        y = net.double().train(training)(x)
+        y.square().mul(y.detach().cos()).sum().backward()
+        results.append([y, x.grad, net[0].weight.grad])
+        x.grad = None
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('head', ['fc', 'aspp'])
+@pytest.mark.parametrize('inside', [False, True])
+def test_the_authors_form_is_known_by_the_keys(load, messages, head, inside):
+    """With eps inside the square root in their ImageNet code only."""
+    theirs = nn.Sequential()
+    theirs.conv1 = authors.Conv2d(3, 8, 3, bias=False)
+    theirs.bn1 = authors.BCNorm(8, 4)
+    state = dict(theirs.state_dict())
+    state[f'{head}.conv3.weight'] = torch.ones(1)
+    ours = nn.Sequential()
+    ours.conv1 = ConvWS(3, 8, 3, bias=False, eps_inside_sqrt=inside)
+    ours.bcn1 = BCN(8, 4)
+    load(ours, state, strict=False)
+    warned = [t for level, t in messages if level == 'WARNING']
+    if inside == (head == 'fc'):
+        assert not warned
+    else:
+        (text,) = warned
+        assert f'eps_inside_sqrt={not inside}) of its weights' in text
+        assert 'conv_cfg' in text and text.endswith('(conv1)')
 
 
 def test_affine_of_groups_into_channels_is_exact(load):
@@ -211,6 +241,59 @@ def test_weights_under_another_convolution_warn(
     load(bcn(loaded), state_of(bcn(trained)))
     ((_, text),) = [m for m in messages if m[0] == 'WARNING']
     assert words in text and '3: conv1, conv2, downsample.0' in text
+
+
+def test_the_authors_weights_in_plain_convolutions_warn(load, messages):
+    theirs, ours = nn.Sequential(), nn.Sequential()
+    for net, conv, norm in (
+        (theirs, authors.Conv2d, authors.BCNorm(8, 4)),
+        (ours, nn.Conv2d, BCN(8, 4)),
+    ):
+        net.conv1, net.bn1 = conv(3, 8, 3, bias=False), norm
+        net.last = nn.Conv2d(8, 2, 1)
+    load(ours, theirs.state_dict())
+    ((_, text),) = [m for m in messages if m[0] == 'WARNING']
+    assert 'no scale of their own' in text and text.endswith('(conv1)')
+
+
+INSIDE = partial(ConvWS, eps_inside_sqrt=True)
+
+
+@pytest.mark.parametrize(
+    'trained, loaded',
+    [
+        (INSIDE, ConvWS),
+        (ConvWS, INSIDE),
+        (ConvWS, partial(ConvWS, eps=0.1)),
+        (ConvWS, CenConv),
+    ],
+)
+def test_weights_under_another_form_warn(load, messages, trained, loaded):
+    net = bcn(loaded)
+    load(net, state_of(bcn(trained)))
+    ((level, text),) = messages
+    assert level == 'WARNING' and '3: conv1, conv2, downsample.0' in text
+    function, _, settings = net.conv1.weight_function()
+    assert f'with {function.__name__}(' in text
+    assert all(f'{k}={v}' in text for k, v in settings.items())
+
+
+@pytest.mark.parametrize('conv', [INSIDE, CenConv, ConvWN])
+def test_weights_under_the_same_form_pass_in_silence(load, messages, conv):
+    load(bcn(conv), state_of(bcn(conv)))
+    assert not messages
+
+
+def test_a_record_of_names_alone_is_understood(messages):
+    """As checkpoints had it before there were two forms."""
+    state = state_of(bcn(ConvWS))
+    for metadata in state._metadata.values():
+        if RECORD in metadata:
+            metadata[RECORD] = list(metadata[RECORD])
+    load_state_dict(bcn(ConvWS), state)
+    assert not messages
+    load_state_dict(bcn(), state)
+    assert 'no scale of their own' in messages[0][1]
 
 
 def network(conv, norm):
@@ -434,50 +517,6 @@ def test_a_big_model_loads_about_as_fast_as_a_plain_one():
     source = models.ResNet(101, norm_cfg=dict(type='BN'))
     plain = seconds(dict(type='BN'))
     assert seconds(dict(type='BCN')) < 4 * plain + 0.2
-
-
-@pytest.mark.parametrize('shared', [False, True])
-@pytest.mark.parametrize('norm', [BCN(4), BGN(4, 2), MABN(4, 1, 2)])
-def test_precise_bn_is_told_what_to_do(norm, shared):
-    """It would average nothing."""
-    hooks = pytest.importorskip('mmpretrain.engine.hooks.precise_bn_hook')
-    from torch.optim.swa_utils import update_bn
-
-    net = nn.Sequential(norm)
-    if shared:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    loader = DataLoader(torch.rand(4, 4, 4, 4))
-    keys = list(net.state_dict())
-    for tool in (
-        lambda: hooks.update_bn_stats(net, loader),
-        lambda: update_bn(loader, net),
-    ):
-        with pytest.raises(RuntimeError, match='momentum=None'):
-            tool()
-    assert list(net.state_dict()) == keys
-    assert not any('batch_statistics' in key for key in keys)
-
-
-def test_swa_update_is_told_what_to_do():
-    """It would pass over our estimates in silence."""
-    from torch.optim.swa_utils import AveragedModel, update_bn
-
-    net = nn.Sequential(BCN(3, 1))
-    averaged = AveragedModel(net, use_buffers=True)
-    net(torch.rand(1, 3, 4, 4) + 5)
-    averaged.update_parameters(net)
-    assert averaged.module[0].running_mean.gt(0).all()
-    loader = [torch.rand(1, 3, 4, 4) + i for i in range(4)]
-    with pytest.raises(RuntimeError, match='momentum=None'):
-        update_bn(loader, averaged)
-    norm = averaged.module[0]
-    norm.reset_running_stats()
-    norm.momentum = None
-    with torch.no_grad():
-        for x in loader:
-            averaged.train()(x)
-    wanted = torch.cat(loader).mean((0, 2, 3))
-    assert torch.allclose(norm.running_mean, wanted)
 
 
 FAMILY = {

@@ -7,7 +7,15 @@ from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmengine.registry import MODELS
 from torch import nn
 
-from wsbcn_mm import ConvWS, ConvWS1d, ConvWS3d
+from wsbcn_mm import (
+    BCN,
+    ConvWS,
+    ConvWS1d,
+    ConvWS3d,
+    convert_to_micro_batch,
+    fold_for_inference,
+    micro_batch_model,
+)
 
 CLASSES = {1: ConvWS1d, 2: ConvWS, 3: ConvWS3d}
 
@@ -57,9 +65,10 @@ def test_mmcv_vectors(vectors, case):
     kernel=st.integers(2, 3),
     bias=st.booleans(),
     padding_mode=st.sampled_from(['zeros', 'circular', 'replicate']),
+    inside=st.booleans(),
 )
 def test_parity_with_the_definition(
-    dimensions, groups, per_group, kernel, bias, padding_mode
+    dimensions, groups, per_group, kernel, bias, padding_mode, inside
 ):
     conv = CLASSES[dimensions](
         groups * per_group,
@@ -69,6 +78,8 @@ def test_parity_with_the_definition(
         groups=groups,
         bias=bias,
         padding_mode=padding_mode,
+        eps=0.1,
+        eps_inside_sqrt=inside,
         dtype=torch.float64,
     )
     shape = (2, groups * per_group, *(5 for _ in range(dimensions)))
@@ -78,9 +89,11 @@ def test_parity_with_the_definition(
     got = torch.autograd.grad(y, [x, *conv.parameters()], grad)
 
     flat = conv.weight.flatten(1)
-    weight = (flat - flat.mean(1, keepdim=True)) / (
-        flat.std(1, keepdim=True) + 1e-5
-    )
+    if inside:
+        divisor = (flat.var(1, keepdim=True) + 0.1).sqrt()
+    else:
+        divisor = flat.std(1, keepdim=True) + 0.1
+    weight = (flat - flat.mean(1, keepdim=True)) / divisor
     expected = conv._conv_forward(x, weight.view_as(conv.weight), conv.bias)
     wanted = torch.autograd.grad(expected, [x, *conv.parameters()], grad)
     close(y, expected.detach())
@@ -88,8 +101,9 @@ def test_parity_with_the_definition(
         close(a, b)
 
 
-def test_gradcheck():
-    conv = ConvWS(2, 3, 2, dtype=torch.float64)
+@pytest.mark.parametrize('inside', [False, True])
+def test_gradcheck(inside):
+    conv = ConvWS(2, 3, 2, eps_inside_sqrt=inside, dtype=torch.float64)
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64)
 
     def function(weight):
@@ -168,6 +182,8 @@ def test_the_same_numbers_as_mmcvs():
         lambda w: 2 * w,
         lambda w: w.half().float() / 3,
         lambda w: 0 * w,
+        lambda w: w * torch.arange(64).view(-1, 1, 1, 1),  # filter by filter
+        lambda w: torch.renorm(w, 2, 0, 0.1),
     ],
 )
 def test_another_weight_may_be_assigned(change):
@@ -179,13 +195,58 @@ def test_another_weight_may_be_assigned(change):
     assert conv.weight.dtype == weight.dtype
 
 
-def test_a_weight_scaled_filter_by_filter_may_not():
-    """As fuse_conv_bn does to a convolution, with or without a bias."""
-    conv = ConvWS(4, 8, 3)
-    factors = torch.ones(8, 1, 1, 1)
-    factors[3] = 1.01
-    with pytest.raises(RuntimeError, match='fold_for_inference'):
-        conv.weight = nn.Parameter(conv.weight.detach() * factors)
+def test_the_form_is_shown_where_it_is_not_the_usual_one():
+    assert 'eps_inside_sqrt' not in repr(ConvWS(4, 8, 3))
+    conv = MODELS.build(
+        dict(type='ConvWS', eps_inside_sqrt=True)
+        | dict(in_channels=4, out_channels=8, kernel_size=3)
+    )
+    assert repr(conv).endswith('eps=1e-05, eps_inside_sqrt=True)')
+
+
+def test_the_form_matters_for_small_weights():
+    """By 45 % where a filter's standard deviation is 0.003."""
+    outside, inside = ConvWS(8, 4, 3), ConvWS(8, 4, 3, eps_inside_sqrt=True)
+    with torch.no_grad():
+        outside.weight.mul_(0.003 / outside.weight.flatten(1).std(1).mean())
+    inside.load_state_dict(outside.state_dict())
+    ratio = outside.standardized_weight() / inside.standardized_weight()
+    assert 1.3 < ratio.median() < 1.6
+
+
+@pytest.mark.parametrize('inside', [False, True])
+def test_folding_keeps_the_form(inside):
+    net = nn.Sequential(
+        ConvWS(3, 8, 3, bias=False, eps_inside_sqrt=inside), BCN(8, 4)
+    )
+    net = net.double().eval()
+    with torch.no_grad():
+        net[0].weight.mul_(0.01)
+        net[1].running_mean.normal_()
+    folded = fold_for_inference(net)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    assert type(folded[0]) is nn.Conv2d
+    close(folded(x), net(x).detach())
+
+
+@pytest.mark.parametrize('inside', [False, True])
+def test_a_config_and_a_conversion_choose_the_form(inside):
+    pytest.importorskip('mmpretrain.models')
+    conv_cfg = dict(type='ConvWS', eps_inside_sqrt=inside)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    net = convert_to_micro_batch(net, conv_cfg=conv_cfg)
+    assert net[0].eps_inside_sqrt is inside
+    model = dict(type='mmpretrain.ResNet', depth=18, norm_cfg=dict(type='BN'))
+    model = micro_batch_model(model, conv_cfg=conv_cfg)
+    assert model.conv_cfg.eps_inside_sqrt is inside
+
+
+def test_a_config_with_a_wrong_form_is_refused():
+    pytest.importorskip('mmpretrain.models')
+    model = dict(type='mmpretrain.ResNet', depth=18, norm_cfg=dict(type='BN'))
+    for wrong in (dict(eps_inside_root=True), dict(eps_inside_sqrt='yes')):
+        with pytest.raises((TypeError, ValueError), match='eps_inside_sqrt'):
+            micro_batch_model(model, conv_cfg=dict(type='ConvWS', **wrong))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wsbcn_mm import MABN
+from wsbcn_mm import MABN, set_loss_scale
 
 NORM_CFG = dict(type='MABN', batch_size=2, simulated_batch_size=8)
 
@@ -184,7 +184,7 @@ def test_inference_affine_is_evaluation(vectors):
 def test_norm_eval_freezes_everything():
     norm = MABN(6, 1, 2)
     norm(torch.randn(2, 6, 4, 4))
-    norm.batch_statistics.eval()
+    norm.eval()
     before = copy.deepcopy(norm.state_dict())
     x = torch.randn(2, 6, 4, 4)
     y = norm(x)
@@ -439,3 +439,15 @@ def test_bad_arguments(kwargs, error, words):
 def test_bad_inputs(x, error, words):
     with pytest.raises(error, match=words):
         MABN(8, 2, 8)(x)
+
+
+def test_buffers_are_of_one_loss_scale():
+    norm, other = MABN(6, 1, 2, warmup_iters=0), MABN(6, 1, 2, warmup_iters=0)
+    for scale in (2.0**16, 2.0**12, 2.0**13, 1.0):
+        set_loss_scale(norm, scale)
+        x = torch.randn(1, 6, 4, 4)
+        grad = torch.randn_like(x)
+        got, expected = step(norm, x, scale * grad), step(other, x, grad)
+        for a, b in zip(got[1:], expected[1:]):
+            close(a / scale, b, 1e-5)
+    close(norm.buffer_gz, other.buffer_gz, 1e-5)

@@ -17,10 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from wsbcn_mm import BCN, BGN, MABN, ConvWS, SyncBCN
-from wsbcn_mm.layers.batch_statistics import SharedBatchStatistics
 
 STEPS = 3
-TORCH_CONVERT = nn.SyncBatchNorm.convert_sync_batchnorm
+
+
+def torch_convert(module):
+    network = nn.Sequential(module)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)[0]
 
 
 def close(actual, expected):
@@ -132,6 +135,19 @@ def test_processes_compute_what_one_does(
     assert costs == [[(1, backward)] * STEPS] * 2
 
 
+@pytest.mark.parametrize('counts', [(1, 1), (3, 1), (0, 2)])
+@pytest.mark.parametrize('grad_averaging', [4, 0.3])
+def test_processes_average_the_gradient_of_all_images(
+    processes, grad_averaging, counts
+):
+    settings = dict(momentum=0.3, grad_averaging=grad_averaging)
+    single = randomized(BCN(8, 4, **settings))
+    shared = SyncBCN(8, 4, **settings).double()
+    shared.load_state_dict(single.state_dict())
+    costs = check_parity(processes, shared, single, counts)
+    assert costs == [[(1, 1)] * STEPS] * 2
+
+
 @pytest.mark.parametrize('counts', [(1, 1), (2, 0)])
 @pytest.mark.parametrize(
     'norm',
@@ -145,7 +161,7 @@ def test_processes_compute_what_one_does(
 )
 def test_sync_bn_reaches_the_whole_family(processes, norm, counts):
     single = randomized(copy.deepcopy(norm))
-    shared = TORCH_CONVERT(copy.deepcopy(single))
+    shared = torch_convert(copy.deepcopy(single))
     check_parity(processes, shared, single, counts)
 
 
@@ -184,17 +200,16 @@ def test_the_default_group_is_copied_and_pickled(processes):
     net = nn.Sequential(BCN(8, 4), MABN(8, 1, 2))
     for copied in processes.run(convert_and_copy, [net] * 2):
         for norm in copied:
-            assert isinstance(norm.batch_statistics, SharedBatchStatistics)
+            assert norm.is_synchronized
 
 
 @pytest.mark.parametrize(
     'quiet',
     [
-        lambda norm: revert_sync_batchnorm(norm),
         lambda norm: norm.eval(),
-        lambda norm: norm.batch_statistics.eval() and norm,
+        lambda norm: setattr(norm, 'is_synchronized', False) or norm,
     ],
-    ids=['reverted', 'eval', 'norm_eval'],
+    ids=['eval', 'switched_off'],
 )
 @pytest.mark.parametrize('estimate', [True, False])
 def test_no_communication_where_none_is_wanted(processes, quiet, estimate):
@@ -202,7 +217,6 @@ def test_no_communication_where_none_is_wanted(processes, quiet, estimate):
     local = BCN(8, 4, estimate=estimate).double()
     local.load_state_dict(shared.state_dict())
     local.train(shared.training)
-    local.batch_statistics.train(shared.batch_statistics.training)
     inputs, grads = batches(2), batches(2)
     results = processes.run(
         run, [shared] * 2, shares(inputs, (1, 1)), shares(grads, (1, 1))
@@ -227,11 +241,17 @@ def test_without_a_group_it_is_a_bcn():
 
 @pytest.mark.parametrize(
     'norm',
-    [SyncBCN(8), SyncBCN(8, estimate=False), TORCH_CONVERT(MABN(8, 1, 2))],
-    ids=['micro', 'large', 'mabn'],
+    [
+        SyncBCN(8),
+        SyncBCN(8, grad_averaging=4),
+        SyncBCN(8, grad_averaging=0.3),
+        SyncBCN(8, estimate=False),
+        torch_convert(MABN(8, 1, 2)),
+    ],
+    ids=['micro', 'window', 'exponential', 'large', 'mabn'],
 )
 def test_no_process_has_a_sample(processes, norm):
-    before = copy.deepcopy(norm.double().state_dict())
+    before = copy.deepcopy(dict(norm.double().named_buffers()))
     empty = [x[:0] for x in batches(1)]
     for result in processes.run(run, [norm] * 2, [empty] * 2, [empty] * 2):
         for name, buffer in result['buffers'].items():
@@ -240,15 +260,45 @@ def test_no_process_has_a_sample(processes, norm):
             close(grad, torch.zeros_like(grad))
 
 
+@pytest.mark.parametrize('size', [(0, 8, 4, 3), (1, 8, 0, 3)])
+def test_a_process_without_positions_leaves_averages_to_others(
+    processes, size
+):
+    norm = SyncBCN(8, 4, grad_averaging=4).double()
+    single = BCN(8, 4, grad_averaging=4).double()
+    xs, nothing = batches(2), [torch.zeros(size).double()] * STEPS
+    results = processes.run(run, [norm] * 2, [nothing, xs], [nothing, xs])
+    expected = run(single, xs, xs)
+    close(results[1]['input_grads'], expected['input_grads'])
+    for result in results:
+        close(result['buffers'], expected['buffers'])
+
+
 def test_norm_eval_reaches_a_converted_layer():
-    norm = TORCH_CONVERT(BCN(8))
-    assert not isinstance(norm.batch_statistics, nn.SyncBatchNorm)
-    assert 'Shared' in repr(norm)
+    norm = torch_convert(BCN(8))
+    assert isinstance(norm, BCN) and 'synchronized' in repr(norm)
     for module in norm.modules():  # as a backbone does in train()
         if isinstance(module, _BatchNorm):
             module.eval()
     norm(torch.randn(2, 8, 3, 3))
-    assert norm.training and norm.num_batches_tracked == 0
+    assert norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize('norm', [BCN(8), BGN(8, 4), MABN(8, 1)])
+def test_a_layer_in_no_network_is_not_converted(norm):
+    with pytest.raises(RuntimeError, match='synchronize'):
+        nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+    with pytest.raises(RuntimeError, match='synchronize'):
+        convert_sync_batchnorm(norm, 'mmcv')
+
+
+def test_reverting_leaves_a_layer_that_runs_alone():
+    network = nn.Sequential(SyncBCN(8, 4), nn.Sequential(SyncBCN(8)))
+    reverted = revert_sync_batchnorm(network)
+    assert [type(m) for m in reverted.modules()].count(SyncBCN) == 2
+    x = torch.randn(2, 8, 3, 3)
+    single = BCN(8, 4)
+    torch.testing.assert_close(reverted[0](x), single(x))
 
 
 def test_registered_copied_and_pickled():
@@ -299,6 +349,21 @@ def test_activation_checkpointing_communicates_once(processes):
     assert [r[1:] for r in results] == [(1, 0)] * 2
 
 
+def test_activation_checkpointing_moves_gradient_averages_once(processes):
+    settings = dict(momentum=0.3, grad_averaging=4)
+    norm = randomized(SyncBCN(8, 4, **settings))
+    x, grad = batches(2)[:2]
+    results = processes.run(
+        run_checkpointed, [norm] * 2, x.split(1), grad.split(1)
+    )
+    single = BCN(8, 4, **settings).double()
+    single.load_state_dict(norm.state_dict())
+    whole = run(single, [x], [grad])
+    close(torch.cat([r[0] for r in results]), whole['input_grads'][0])
+    # The batch is gathered again in the forward that is done again.
+    assert [r[1:] for r in results] == [(1, 2)] * 2
+
+
 class Model(nn.Module):
     def __init__(self, norm):
         super().__init__()
@@ -315,21 +380,47 @@ def run_wrapped(model, x):
     return [p.grad for p in model.parameters()], dict(model.named_buffers())
 
 
-@pytest.mark.parametrize('estimate', [True, False])
+@pytest.mark.parametrize(
+    'settings', [{}, dict(estimate=False), dict(grad_averaging=4)]
+)
 def test_data_parallel_gradients_are_those_of_the_mean_loss(
-    processes, estimate
+    processes, settings
 ):
-    model = randomized(Model(BCN(8, 4, momentum=0.3, estimate=estimate)))
+    model = randomized(Model(BCN(8, 4, momentum=0.3, **settings)))
     x = batches(2)[0]
     results = processes.run(
-        run_wrapped, [TORCH_CONVERT(copy.deepcopy(model))] * 2, x.split(1)
+        run_wrapped, [torch_convert(copy.deepcopy(model))] * 2, x.split(1)
     )
     model(x).square().mean().backward()
     for grads, buffers in results:
         for grad, parameter in zip(grads, model.parameters()):
             close(grad, parameter.grad)
         for name, buffer in model.named_buffers():
+            if name == 'norm.grad_statistics':  # of the sum of both losses
+                buffer = torch.cat([buffer[:, :2], 2 * buffer[:, 2:]], 1)
             close(buffers[name], buffer)
+
+
+def run_alone(norm, xs, broadcast):
+    model = MMDistributedDataParallel(
+        Model(norm).double(), broadcast_buffers=broadcast
+    )
+    for x in xs:
+        model(x).square().mean().backward()
+    return model.module.norm.grad_statistics, model.module.norm.grad_images
+
+
+@pytest.mark.parametrize('broadcast', [True, False])
+def test_without_synchronization_processes_average_their_own(
+    processes, broadcast
+):
+    norm = BCN(8, 4, momentum=0.3, grad_averaging=0.3)
+    xs = batches(2)
+    results = processes.run(
+        run_alone, [norm] * 2, shares(xs, (1, 1)), [broadcast] * 2
+    )
+    assert all(images == STEPS for _, images in results)
+    assert (results[0][0] != results[1][0]).any()
 
 
 def run_once(norm, x):

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+import tarfile
 import weakref
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def benchmark(monkeypatch, tmp_path):
         return written['results']
 
     yield run
-    for name in ('_harness', '_variants', 'norm_layers', 'conv_ws'):
+    for name in ('_harness', '_variants', 'norm_layers', 'conv_ws', 'smoke'):
         sys.modules.pop(name, None)
 
 
@@ -38,7 +40,7 @@ def test_norm_layers(benchmark):
         'norm_layers', '--dtypes', 'float32', 'bfloat16', '--layouts',
         'contiguous', 'channels_last',
     )  # fmt: skip
-    assert len(results) == 10 * 2 * 2 * 2
+    assert len(results) == 12 * 2 * 2 * 2
     by_layer = {
         r['layer']: r
         for r in results
@@ -49,6 +51,39 @@ def test_norm_layers(benchmark):
     assert by_layer['BCN']['saved_mib'] < 1.5 * size
     assert by_layer['BCN textbook']['saved_mib'] > 1.9 * size
     assert all(r['ms'] > 0 and r['over_floor'] > 0 for r in results)
+
+
+def test_what_is_measured_before_a_limit_is_kept(
+    benchmark, monkeypatch, tmp_path
+):
+    norm_layers = importlib.import_module('norm_layers')
+    measure, calls = norm_layers.measure, []
+
+    def cut_off(*setting):
+        calls.append(setting)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return measure(*setting)
+
+    monkeypatch.setattr(norm_layers, 'measure', cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark('norm_layers', '--layers', 'GroupNorm', 'BCN')
+    kept = json.loads((tmp_path / 'norm_layers.json').read_text())
+    assert [r['layer'] for r in kept['results']] == ['GroupNorm', 'BCN']
+
+
+def test_unknown_layers_are_named(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark('norm_layers', '--layers', 'GroupNorm', 'BCN', 'IN')
+    assert "others of ['GroupNorm', " in capsys.readouterr().err
+
+
+def test_what_is_compared_on_a_gpu_can_be_chosen(monkeypatch):
+    pytest.importorskip('triton')
+    monkeypatch.syspath_prepend(str(FOLDER))
+    norm_layers = importlib.import_module('norm_layers')
+    known = {name for name, _, _ in norm_layers.variants('cuda', 64)}
+    assert set(norm_layers.CUDA_LAYERS) <= known
 
 
 def test_what_bcn_is_compared_with_computes_the_same(monkeypatch):
@@ -101,6 +136,47 @@ def test_launch_cost(tmp_path):
     assert launches['BCN, large map'] == 3 + 3
     assert launches['ConvWS'] == launches['Conv2d'] + 1 + 1
     assert (tmp_path / 'launch_cost.png').exists()
+
+
+def lines(tmp_path):
+    return list(map(json.loads, (tmp_path / 'smoke.jsonl').open()))
+
+
+def test_smoke(tmp_path):
+    """In a process of its own, since Triton's interpreter takes all of it."""
+    pytest.importorskip('triton')
+    subprocess.run(
+        [
+            *(sys.executable, FOLDER / 'smoke.py', '--device', 'cpu'),
+            *('--small', '--out', tmp_path, 'large'),
+        ],
+        check=True,
+        env={**os.environ, 'TRITON_INTERPRET': '1'},
+    )
+    first, *measured, last = lines(tmp_path)
+    assert first['torch'] == torch.__version__
+    assert [line['step'] for line in measured] == ['large'] * 2
+    assert last['step'] == 'done' and 'FAILED' not in str(measured)
+
+
+def test_a_failure_stops_no_other_step(benchmark, monkeypatch, tmp_path):
+    pytest.importorskip('triton')
+    smoke = importlib.import_module('smoke')
+
+    def fault(args, log):
+        raise RuntimeError('CUDA error: an illegal memory access')
+
+    def other(args, log):
+        raise ValueError('another')
+
+    for name, step in (('check', other), ('repeat', fault)):
+        monkeypatch.setitem(smoke.STEPS, name, step)
+    with pytest.raises(SystemExit, match='2 of the lines above say FAILED'):
+        benchmark('smoke', 'check', 'repeat', 'large')
+    failed = [line for line in lines(tmp_path) if 'FAILED' in line]
+    assert [line['step'] for line in failed] == ['check', 'repeat']
+    # Nothing more would run after a fault.
+    assert lines(tmp_path)[-1] == failed[-1]
 
 
 def test_what_is_saved_is_counted_and_let_go(monkeypatch):
@@ -162,5 +238,29 @@ def test_a_missing_gpu_is_named(benchmark):
         benchmark('conv_ws', '--device', 'cuda')
 
 
-def test_the_driver_is_valid_shell():
-    subprocess.run(['bash', '-n', str(FOLDER / 'run_all.sh')], check=True)
+def drive(*steps, cwd, **environment):
+    kept = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    kept.update(PYTHON=sys.executable, DEVICE='cpu', SMALL='1', **environment)
+    return subprocess.run(
+        ['bash', FOLDER / 'run_all.sh', *steps],
+        cwd=cwd,
+        env=kept,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_step_of_the_driver(tmp_path):
+    """From anywhere, without an installed package, into one archive."""
+    done = drive('conv_ws', 'tune', cwd=tmp_path, OUT='out')
+    assert done.returncode == 0, done.stdout
+    assert '== conv_ws: exit 0' in done.stdout
+    assert '== tune left out: it needs a GPU' in done.stdout
+    with tarfile.open(tmp_path / 'out' / 'results.tgz') as tar:
+        assert {'conv_ws.json', 'conv_ws.log'} <= set(tar.getnames())
+
+
+def test_the_driver_says_what_failed_and_what_it_has(tmp_path):
+    done = drive('speed', cwd=tmp_path, OUT=str(tmp_path))
+    assert done.returncode == 1
+    assert 'no step speed; there are smoke mask_rcnn' in done.stdout

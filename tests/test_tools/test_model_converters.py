@@ -3,12 +3,15 @@ import runpy
 import sys
 from pathlib import Path
 
+import authors
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import get_state_dict
 
+from wsbcn_mm import ConvWS
 from wsbcn_mm.layers.checkpoint_names import RECORD
 
 TOOLS = Path(__file__).parents[2] / 'tools' / 'model_converters'
@@ -96,7 +99,7 @@ def test_backbone(tmp_path, classifier, monkeypatch, capsys):
     assert '2 others were left out' in capsys.readouterr().out
     new = written(tmp_path, 'r18')
     state = torch.load(new)['state_dict']
-    assert state._metadata['layer1.0'][RECORD] == ['conv1', 'conv2']
+    assert state._metadata['layer1.0'][RECORD].keys() == {'conv1', 'conv2'}
     backbone = mmdet.ResNet(
         18,
         base_channels=8,
@@ -150,12 +153,13 @@ def test_normalization(tmp_path, monkeypatch, capsys):
 def test_normalization_of_another_network(tmp_path, monkeypatch):
     config, _ = build(tmp_path, "type='BCN', num_groups=4")
     path = tmp_path / 'x.pth'
-    for state in (
-        {'conv.weight': torch.zeros(1)},
-        {'backbone.conv1.weight': torch.zeros(1)},
+    for state, words in (
+        ({'conv.weight': torch.zeros(1)}, 'is of another network'),
+        ({'backbone.conv1.weight': torch.zeros(1)}, 'is of another network'),
+        ({'bn1.pbn.running_mean': torch.zeros(1)}, 'authors.py translates'),
     ):
         torch.save(state, path)
-        with pytest.raises(SystemExit, match='is not of the network'):
+        with pytest.raises(SystemExit, match=words):
             run(
                 *(monkeypatch, 'normalization.py', config),
                 *(path, tmp_path / 'y.pth'),
@@ -163,7 +167,86 @@ def test_normalization_of_another_network(tmp_path, monkeypatch):
     assert not list(tmp_path.glob('y-*'))
 
 
-@pytest.mark.parametrize('tool', ['publish.py', 'backbone.py'])
+@pytest.mark.parametrize(
+    'make, library, inside',
+    [
+        (authors.classifier, 'mmpretrain', True),
+        (authors.resnext, 'mmpretrain', True),
+        (authors.deeplab, 'mmseg', False),
+    ],
+)
+def test_the_networks_of_the_authors(
+    tmp_path, monkeypatch, capsys, messages, make, library, inside
+):
+    pytest.importorskip(f'{library}.models')
+    theirs = make()
+    state = {f'module.{k}': v for k, v in theirs.state_dict().items()}
+    torch.save(dict(state_dict=state, epoch=90), tmp_path / 'theirs.pth')
+    run(
+        *(monkeypatch, 'authors.py', tmp_path / 'theirs.pth'),
+        tmp_path / 'ours.pth',
+    )
+    assert f"'eps_inside_sqrt': {inside}" in capsys.readouterr().out
+    path = written(tmp_path, 'ours')
+    cfg = Config.fromfile(path.with_suffix('.py'))
+    assert torch.load(path)['meta']['cfg'] == cfg.pretty_text
+    with DefaultScope.overwrite_default_scope(library):
+        ours = MODELS.build(cfg.model).double()
+    assert not [t for level, t in messages if level == 'WARNING']
+    messages.clear()
+    load_checkpoint(ours, str(path), strict=True)
+    assert not messages
+    x = torch.randn(2, 3, 65, 65, dtype=torch.float64)
+    with torch.no_grad():
+        ours.eval()
+        got, wanted = ours(x, mode='tensor'), theirs(x)
+        got = got if inside else resize(got, wanted.shape[2:])
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    # The record of the form is in the file.
+    for module in ours.modules():
+        if isinstance(module, ConvWS):
+            module.eps_inside_sqrt = not inside
+    load_checkpoint(ours, str(path))
+    (text,) = [t for level, t in messages if level == 'WARNING']
+    assert f'eps_inside_sqrt={inside}) of its weights' in text
+    assert (
+        f'with standardize_weight(eps=1e-05, eps_inside_sqrt={not inside})'
+        in text
+    )
+
+
+def resize(x, size):
+    return torch.nn.functional.interpolate(
+        x, size, mode='bilinear', align_corners=True
+    )
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda s: s.pop('fc.weight'), 'neither their classifier'),
+        (lambda s: s.pop('layer2.0.conv1.weight'), 'layer2.0.conv1'),
+        (lambda s: s.update({'layer2.9.x': torch.ones(1)}), r'\(2, 3, 2, 2\)'),
+        (
+            lambda s: [s.pop(k) for k in list(s) if 'pbn' in k],
+            "'pbn.running_mean'.*normalization.py",
+        ),
+    ],
+)
+def test_what_is_not_of_the_authors(tmp_path, monkeypatch, change, words):
+    pytest.importorskip('mmpretrain.models')
+    state = dict(authors.classifier().state_dict())
+    change(state)
+    torch.save(state, tmp_path / 'theirs.pth')
+    with pytest.raises(SystemExit, match=words):
+        run(
+            *(monkeypatch, 'authors.py', tmp_path / 'theirs.pth'),
+            tmp_path / 'ours.pth',
+        )
+    assert not list(tmp_path.glob('ours*'))
+
+
+@pytest.mark.parametrize('tool', ['publish.py', 'backbone.py', 'authors.py'])
 def test_no_such_file(tmp_path, monkeypatch, tool):
     with pytest.raises(SystemExit, match='no checkpoint'):
         run(monkeypatch, tool, tmp_path / 'none.pth', tmp_path / 'y.pth')

@@ -10,6 +10,7 @@ import pytest
 ROOT = osp.abspath(osp.join(osp.dirname(__file__), '../..'))
 INPUTS = (
     'setup.py',
+    'pyproject.toml',
     'tools/setup_env.sh',
     'tools/build_mmcv.sh',
     'wsbcn_mm/functional/kernels/compiled.cpp',

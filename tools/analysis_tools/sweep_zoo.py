@@ -213,8 +213,7 @@ def train_one_step(model, batch: dict) -> dict:
     frozen = [
         name
         for name, m in model.named_modules()
-        if isinstance(m, BCN)
-        and not (m.training and m.batch_statistics.training)
+        if isinstance(m, BCN) and not m.training
     ]
     MessageHub.get_current_instance().update_info('epoch', 0)  # TOOD asks
     optimizer = torch.optim.SGD(
@@ -253,7 +252,6 @@ def normalizations(model) -> dict:
 
     from wsbcn_mm.layers import ConvWS, ConvWS1d, ConvWS3d
     from wsbcn_mm.layers._base import NormBase
-    from wsbcn_mm.layers.batch_statistics import BatchStatistics
 
     named = dict(model.named_modules())
     return dict(
@@ -272,7 +270,7 @@ def normalizations(model) -> dict:
             name
             for name, m in named.items()
             if isinstance(m, (_BatchNorm, SyncBatchNorm))
-            and not isinstance(m, BatchStatistics)
+            and not isinstance(m, NormBase)
         ],
     )
 

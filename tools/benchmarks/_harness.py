@@ -7,14 +7,14 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Callable, Dict, Iterable, List, Optional
+from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
-import mmcv
-import mmengine
 import torch
 from rich.progress import track
 
@@ -117,28 +117,50 @@ def synchronize(device: str) -> None:
 
 
 def seconds(
-    functions: Dict[str, Callable], args: argparse.Namespace
+    functions: Dict[str, Callable],
+    args: argparse.Namespace,
+    on_gpu: bool = False,
 ) -> Dict[str, float]:
     """How long each takes.
 
     They take turns, so that a busy or throttled machine is unfair to all, in
     another order each time: who comes after a large one finds its data in the
     caches.
+
+    Args:
+        functions (dict): The calls by name.
+        args (Namespace): How often and with which clock to measure.
+        on_gpu (bool): Whether to measure with events, the GPU's own clock.
     """
-    clock = CLOCKS[args.clock]
+    elapsed = _elapsed_on_gpu if on_gpu else _elapsed
     times = {name: [] for name in functions}
     turns = list(functions.items())
     random = Random(0)
     for repeat in range(-2, args.repeats):  # two rounds to warm up
         random.shuffle(turns)
         for name, function in turns:
-            synchronize(args.device)
-            start = clock()
-            function()
-            synchronize(args.device)
+            time = elapsed(function, args)
             if repeat >= 0:
-                times[name].append(clock() - start)
+                times[name].append(time)
     return {name: STATISTICS[args.statistic](t) for name, t in times.items()}
+
+
+def _elapsed(function: Callable, args: argparse.Namespace) -> float:
+    clock = CLOCKS[args.clock]
+    synchronize(args.device)
+    start = clock()
+    function()
+    synchronize(args.device)
+    return clock() - start
+
+
+def _elapsed_on_gpu(function: Callable, args: argparse.Namespace) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def without_launching(function: Callable) -> Optional[Callable]:
@@ -170,12 +192,26 @@ def without_launching(function: Callable) -> Optional[Callable]:
     return replay
 
 
-def copy_bandwidth(size: int, args: argparse.Namespace) -> float:
-    """Bytes a second, read and written, of copies of ``size`` bytes."""
-    source = torch.ones(size, dtype=torch.uint8, device=args.device)
+def copy_bandwidth(args: argparse.Namespace) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    source = torch.ones(
+        2**24 if args.small else 2**30, dtype=torch.uint8, device=args.device
+    )
     target = torch.empty_like(source)
-    times = seconds({'copy': lambda: target.copy_(source)}, args)
-    return 2 * size / times['copy']
+    copy = {'copy': lambda: target.copy_(source)}
+    times = seconds(copy, args, on_gpu=args.device == 'cuda')
+    return 2 * len(source) / times['copy']
+
+
+def cache_bytes(device: str) -> int:
+    """Size of a GPU's L2 cache, 0 elsewhere.
+
+    What is smaller is read from there when a call is repeated, sooner than
+    the memory would give it.
+    """
+    if device != 'cuda':
+        return 0
+    return getattr(torch.cuda.get_device_properties(0), 'L2_cache_size', 0)
 
 
 def saved_bytes(function: Callable) -> int:
@@ -205,10 +241,10 @@ def peak_bytes(function: Callable, device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def launches(function: Callable, device: str) -> int:
-    """CUDA kernels, copies and fills of a call, 0 elsewhere."""
+def launches(function: Callable, device: str) -> List[Tuple[str, float]]:
+    """CUDA kernels, copies and fills of a call, and their microseconds."""
     if device != 'cuda':
-        return 0
+        return []
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     function()
@@ -216,9 +252,11 @@ def launches(function: Callable, device: str) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         function()
         torch.cuda.synchronize()
-    return sum(
-        event.device_type == DeviceType.CUDA for event in profiler.events()
-    )
+    return [
+        (event.name[:40], event.time_range.elapsed_us())
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA
+    ]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -230,6 +268,7 @@ def each(items: List, description: str):
     return track(items, description=description)
 
 
+@lru_cache(maxsize=None)
 def environment(device: str) -> dict:
     """When, on what and with what."""
     machine = platform.processor() or platform.machine()
@@ -248,10 +287,12 @@ def environment(device: str) -> dict:
         threads=torch.get_num_threads(),
         load_average=round(os.getloadavg()[0], 1),
         python=platform.python_version(),
-        torch=torch.__version__,
-        mmengine=mmengine.__version__,
-        mmcv=mmcv.__version__,
         wsbcn_mm=wsbcn_mm.__version__,
+        **{
+            name: sys.modules[name].__version__
+            for name in ('torch', 'triton', 'mmengine', 'mmcv', 'mmdet')
+            if name in sys.modules
+        },
     )
     if device == 'cuda':
         result.update(
@@ -281,10 +322,10 @@ def _cell(value) -> str:
     return str(value)
 
 
-def report(
-    out: Path, name: str, args: argparse.Namespace, results: list, table: str
-) -> None:
-    """Write a JSON file and a table, and print the table."""
+def keep(
+    out: Path, name: str, args: argparse.Namespace, results: list
+) -> dict:
+    """Write results so far: a limit of time may cut the rest off."""
     out.mkdir(parents=True, exist_ok=True)
     content = dict(
         benchmark=name,
@@ -292,8 +333,17 @@ def report(
         environment=environment(args.device),
         results=results,
     )
-    (out / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
-    where = content['environment']
+    path = out / f'{name}.json'
+    path.with_suffix('.new').write_text(json.dumps(content, indent=2) + '\n')
+    path.with_suffix('.new').replace(path)
+    return content
+
+
+def report(
+    out: Path, name: str, args: argparse.Namespace, results: list, table: str
+) -> None:
+    """Write a JSON file and a table, and print the table."""
+    where = keep(out, name, args, results)['environment']
     line = (
         f'{where.get("gpu", where["cpu"])}, {where["threads"]} threads, torch '
         f'{where["torch"]}, {where["date"]}, load {where["load_average"]}, '
@@ -307,8 +357,11 @@ def bar_plot(
     path: Path, groups: List[str], bars: Dict[str, List[float]], label: str
 ) -> None:
     """Save a plot with one bar a variant in each group."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print(f'no {path.name}: there is no matplotlib')
+        return
     matplotlib.use('Agg')
     from matplotlib import pyplot
 

@@ -14,6 +14,7 @@ from _harness import (
     bar_plot,
     begin,
     each,
+    keep,
     launches,
     markdown,
     parser,
@@ -84,7 +85,7 @@ def measure(conv, number, dtype, calls, args):
         functions[f'{name} eval'] = evaluate
         rows[name] = dict(
             saved_mib=saved_bytes(forward) / 2**20,
-            launches=launches(both, args.device),
+            launches=len(launches(both, args.device)),
         )
     times = seconds(functions, args)
     for name in LAYERS:
@@ -125,6 +126,7 @@ def main(argv=None):
     results = []
     for setting in each(settings, 'Convolutions'):
         results += measure(*setting, args)
+        keep(args.out, 'conv_ws', args, results)
 
     def total(dtype, layer, key):
         return float(

@@ -21,6 +21,7 @@ from _harness import (
     bar_plot,
     begin,
     each,
+    keep,
     launches,
     markdown,
     parser,
@@ -53,6 +54,14 @@ LAYERS = {
     'BatchNorm': (SMALL, lambda: nn.BatchNorm2d(CHANNELS)),
     'BCN, small map': (SMALL, lambda: BCN(CHANNELS)),
     'BCN, large map': (LARGE, lambda: BCN(CHANNELS)),
+    'BCN, grad_averaging=0.05': (
+        SMALL,
+        lambda: BCN(CHANNELS, grad_averaging=0.05),
+    ),
+    'BCN, grad_averaging=16': (
+        SMALL,
+        lambda: BCN(CHANNELS, grad_averaging=16),
+    ),
     'BCN, estimate=False': (PAIR, lambda: BCN(CHANNELS, estimate=False)),
     'BGN': (PAIR, lambda: BGN(CHANNELS, 8)),
     'MABN': (PAIR, lambda: MABN(CHANNELS, 2, 16)),
@@ -95,7 +104,7 @@ def measure(name, depth, args):
                 both()
             count = len(launched.names)
         else:
-            count = launches(both, args.device)
+            count = len(launches(both, args.device))
     forward, backward = (
         STATISTICS[args.statistic](t) / depth * 1e6 for t in zip(*times)
     )
@@ -114,9 +123,10 @@ def main(argv=None):
     if args.device == 'cpu':
         _stand_in.install()
     depth = 2 if args.small else 20
-    results = [
-        measure(name, depth, args) for name in each(list(LAYERS), 'Layers')
-    ]
+    results = []
+    for name in each(list(LAYERS), 'Layers'):
+        results.append(measure(name, depth, args))
+        keep(args.out, 'launch_cost', args, results)
     header = ['layer', 'forward us', 'backward us', 'both', 'launches']
     rows = [
         [

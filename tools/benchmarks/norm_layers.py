@@ -1,11 +1,13 @@
 """How long does a normalization layer take, and what does it keep?
 
 Forward and backward of one layer in training, in shapes of ResNet-50-FPN.
-The floor is 8 passes over the activations at the speed of a copy: 2 reads and
-a write forward, 4 reads and a write backward.
+The floor is 8 passes over the activations at the speed of a large copy: 2
+reads and a write forward, 4 reads and a write backward. Activations that the
+L2 cache of a GPU holds have none, since they are read from there.
 
 On a GPU "ms" is as long as the processor takes to launch a layer where that is
-longer; "GPU ms" is the time without it, of a graph of its launches.
+longer; "GPU ms" is the time without it, of a graph of its launches. The most
+telling settings come first, and each is written as soon as it is measured.
 
     python tools/benchmarks/norm_layers.py --device cpu --threads 2
 """
@@ -19,9 +21,11 @@ from _harness import (
     REPLAYS,
     bar_plot,
     begin,
+    cache_bytes,
     copy_bandwidth,
     each,
     geometric_mean,
+    keep,
     launches,
     markdown,
     parser,
@@ -43,6 +47,7 @@ from wsbcn_mm import BCN
 from wsbcn_mm.functional import kernels
 
 PASSES = 8
+BASELINE = 'GroupNorm'
 MAIN_SHAPES = [
     (1, 256, 200, 304),
     (2, 64, 200, 304),
@@ -69,25 +74,29 @@ BACKENDS = {
     'cpu': ['plain', 'cpu', 'compiled'],
     'cuda': ['plain', 'cuda', 'fused'],
 }
+# What the goals on a GPU are about.
+CUDA_LAYERS = ['GroupNorm', 'BCN', "BCN authors' form", 'BCN [cuda]']
 FORMATS = {
     'contiguous': torch.contiguous_format,
     'channels_last': torch.channels_last,
 }
 
 
-def variants(device, shape):
+def variants(device, channels):
     """Names to layers and to what chooses their kernels."""
-    channels = shape[1]
     for name, layer in LAYERS.items():
-        yield name, layer(channels).to(device), nullcontext
-    yield 'BCN', BCN(channels).to(device), nullcontext
+        yield name, layer(channels), nullcontext
+    yield 'BCN', BCN(channels), nullcontext
+    for averaging in (0.05, 16):
+        layer = BCN(channels, grad_averaging=averaging)
+        yield f'BCN, grad_averaging={averaging}', layer, nullcontext
     for backend in BACKENDS[device]:
         module = importlib.import_module(
             f'wsbcn_mm.functional.kernels.{backend}'
         )
         yield (
             f'BCN [{backend}]',
-            BCN(channels).to(device),
+            BCN(channels),
             lambda module=module: kernels.use(device, module),
         )
 
@@ -120,22 +129,29 @@ def measure(shape, dtype, layout, args):
     x = x.contiguous(memory_format=FORMATS[layout]).requires_grad_()
     size = x.numel() * x.element_size()
     functions, rows = {}, {}
-    for name, layer, kernel in variants(args.device, shape):
+    for name, layer, kernel in variants(args.device, shape[1]):
+        if name not in args.layers:
+            continue
+        layer.to(args.device)
         forward, both = step(layer, kernel, x, dtype, args.device)
         functions[name] = both
+        launched = launches(both, args.device)
         rows[name] = dict(
             saved_mib=saved_bytes(forward) / 2**20,
             peak_mib=peak_bytes(both, args.device) / 2**20,
-            launches=launches(both, args.device),
+            launches=len(launched),
+            kernels_us=launched,
         )
     times = seconds(functions, args)
-    floor = PASSES * size / copy_bandwidth(size, args)
+    floor = math.nan
+    if size > cache_bytes(args.device):
+        floor = PASSES * size / args.bandwidth
     on_gpu = times
     if args.device == 'cuda':
         graphs = {n: without_launching(f) for n, f in functions.items()}
         made = {n: graph for n, graph in graphs.items() if graph}
         on_gpu = dict.fromkeys(functions, math.nan)
-        for name, time in seconds(made, args).items():
+        for name, time in seconds(made, args, on_gpu=True).items():
             on_gpu[name] = time / REPLAYS
     for name, time in times.items():
         rows[name].update(
@@ -144,9 +160,9 @@ def measure(shape, dtype, layout, args):
             layout=layout,
             layer=name,
             ms=time * 1e3,
-            over_group_norm=time / times['GroupNorm'],
+            over_group_norm=time / times[BASELINE],
             gpu_ms=on_gpu[name] * 1e3,
-            gpu_over_group_norm=on_gpu[name] / on_gpu['GroupNorm'],
+            gpu_over_group_norm=on_gpu[name] / on_gpu[BASELINE],
             over_floor=on_gpu[name] / floor,
             floor_ms=floor * 1e3,
         )
@@ -173,7 +189,7 @@ def summary(results):
                     for key in ('ms', 'over_group_norm')
                 ),
                 geometric_mean([b / r['ms'] for b, r in zip(bcn, mine)]),
-                geometric_mean([r['over_floor'] for r in mine]),
+                _mean_over_floor(mine),
                 sum(r['saved_mib'] for r in mine),
                 *(
                     geometric_mean([r[key] for r in mine])
@@ -184,6 +200,12 @@ def summary(results):
             ]
 
 
+def _mean_over_floor(rows):
+    values = [r['over_floor'] for r in rows]
+    values = [v for v in values if not math.isnan(v)]
+    return geometric_mean(values) if values else math.nan
+
+
 def main(argv=None):
     options = parser(__doc__.split('\n')[0], 'norm_layers')
     options.add_argument(
@@ -191,30 +213,45 @@ def main(argv=None):
         nargs='+',
         default=None,
         choices=['float32', 'bfloat16', 'float16'],
-        help='default: float32 on CPU, all on CUDA',
+        help='default: float32 on CPU, and float16 on CUDA',
     )
     options.add_argument(
         '--layouts', nargs='+', default=None, choices=list(FORMATS)
     )
+    options.add_argument(
+        '--layers',
+        nargs='+',
+        default=None,
+        help=f'default: all on CPU, {CUDA_LAYERS} on CUDA',
+    )
     args = options.parse_args(argv)
-    begin(args)
     on_cuda = args.device == 'cuda'
+    known = [name for name, _, _ in variants(args.device, 64)]
+    args.layers = args.layers or (CUDA_LAYERS if on_cuda else known)
+    if not {BASELINE, 'BCN'} <= set(args.layers) <= set(known):
+        options.error(
+            f'--layers {args.layers}: expected {BASELINE}, BCN and others of '
+            f'{known}'
+        )
+    begin(args)
+    args.bandwidth = copy_bandwidth(args)
     shapes = CUDA_SHAPES if on_cuda else MAIN_SHAPES
     if args.small:
         shapes = [(1, 64, 8, 8), (2, 32, 5, 7)]
     dtypes = args.dtypes or (
-        ['float32', 'bfloat16', 'float16'] if on_cuda else ['float32']
+        ['float32', 'float16'] if on_cuda else ['float32']
     )
     layouts = args.layouts or (list(FORMATS) if on_cuda else ['contiguous'])
     settings = [
         (shape, getattr(torch, dtype), layout)
-        for dtype in dtypes
         for layout in layouts
+        for dtype in dtypes
         for shape in shapes
     ]
     results = []
     for setting in each(settings, 'Normalization layers'):
         results += measure(*setting, args)
+        keep(args.out, 'norm_layers', args, results)
     header = [
         'dtype', 'layout', 'layer', 'ms', '/ GroupNorm', 'BCN / it',
         '/ floor', 'saved MiB', 'GPU ms', '/ GroupNorm', 'peak MiB',

@@ -10,14 +10,19 @@ import os
 
 import torch
 from mmengine.registry import MODELS
-from mmengine.runner import load_checkpoint, save_checkpoint
+from mmengine.runner import save_checkpoint
 from mmengine.utils import digit_version
 from torch.utils._pytree import tree_leaves
 
 import wsbcn_mm
 from wsbcn_mm.deploy import fold_for_inference, largest_difference
-from wsbcn_mm.engine.checkpoint import read_checkpoint, read_config
+from wsbcn_mm.engine.checkpoint import (
+    load_all_weights,
+    read_checkpoint,
+    read_config,
+)
 from wsbcn_mm.engine.command_line import UsageError, run
+from wsbcn_mm.engine.mistakes import mistakes_explained
 from wsbcn_mm.engine.stock import (
     NotExpressible,
     brings_norm,
@@ -93,10 +98,13 @@ def compare(model, folded, image) -> float:
 def main():
     args = parse_args()
     cfg = read_config(args.config)
-    # Says what is wrong with it, if so.
-    meta = read_checkpoint(args.checkpoint)['meta'] or {}
-    model = MODELS.build(cfg.model)
-    load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True)
+    checkpoint = read_checkpoint(args.checkpoint)
+    meta = checkpoint['meta'] or {}
+    with mistakes_explained(cfg):
+        model = MODELS.build(cfg.model)
+    load_all_weights(
+        model, checkpoint['state_dict'], repr(args.checkpoint), strict=True
+    )
     model.eval()
     torch.manual_seed(0)
     image = torch.randn(1, 3, *args.shape)
@@ -128,6 +136,7 @@ def main():
                 ),
             ),
             f'{args.out}.pth',
+            backend_args=dict(backend='durable'),
         )
         with open(f'{args.out}.py', 'w', encoding='utf-8') as file:
             file.write(config_text(stock_cfg))

@@ -13,8 +13,15 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import get_state_dict
 
 import wsbcn_mm  # noqa: F401  registers the layers
-from wsbcn_mm.engine.checkpoint import publish, read_checkpoint, read_config
+from wsbcn_mm.engine.checkpoint import (
+    load_all_weights,
+    publish,
+    read_checkpoint,
+    read_config,
+)
 from wsbcn_mm.engine.command_line import UsageError, run
+from wsbcn_mm.engine.mistakes import mistakes_explained
+from wsbcn_mm.layers.checkpoint_layouts import authors_weight_function
 
 
 def parse_args():
@@ -31,23 +38,27 @@ def main():
     args = parse_args()
     cfg = read_config(args.config)
     checkpoint = read_checkpoint(args.checkpoint)
-    model = MODELS.build(cfg.model)
-    try:
-        missing, unexpected = model.load_state_dict(
-            checkpoint['state_dict'], strict=False
-        )
-    except RuntimeError as error:  # sizes that do not match
-        raise UsageError(
-            f'{args.checkpoint!r} is not of the network in {args.config!r}: '
-            f'{error}'
-        ) from error
+    with mistakes_explained(cfg):
+        model = MODELS.build(cfg.model)
+    state = checkpoint['state_dict']
     own = len(model.state_dict())
-    if len(missing) > own / 2:
-        raise UsageError(
-            f'{args.checkpoint!r} is not of the network in {args.config!r}: '
-            f'{len(missing)} of its {own} tensors are missing, such as '
-            f'{missing[0]}'
+    try:
+        missing, unexpected = load_all_weights(
+            model, state, repr(args.checkpoint), strict=False
         )
+        if len(missing) > own / 2:
+            raise UsageError(
+                f'{args.checkpoint!r} is of another network than that in '
+                f'{args.config!r}: {len(missing)} of its {own} tensors are '
+                f'missing, such as {missing[0]}.'
+            )
+    except UsageError as error:
+        if not authors_weight_function(state):
+            raise
+        raise UsageError(
+            f'{error} It is of the code of BCN + WS, whose names '
+            'tools/model_converters/authors.py translates.'
+        ) from error
     path = publish(
         dict(checkpoint, state_dict=get_state_dict(model)), args.out
     )

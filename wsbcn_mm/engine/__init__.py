@@ -1,10 +1,13 @@
 """What touches mmengine: configs, hooks, checkpoints, compatibility."""
 
 from .config import micro_batch_model
+from .durable_files import DurableBackend
 from .hooks import (
     CalibrateEstimatesHook,
     ExactResumeHook,
+    LossScaleHook,
     NormalizationMonitorHook,
+    SkipNonFiniteHook,
     SyncEstimatesHook,
     calibrate,
 )
@@ -12,8 +15,11 @@ from .update_rate import update_rate
 
 __all__ = [
     'CalibrateEstimatesHook',
+    'DurableBackend',
     'ExactResumeHook',
+    'LossScaleHook',
     'NormalizationMonitorHook',
+    'SkipNonFiniteHook',
     'SyncEstimatesHook',
     'calibrate',
     'micro_batch_model',

@@ -1,38 +1,53 @@
 """What ``tools/train.py`` and ``tools/test.py`` share, for every library."""
 
 import argparse
+import contextlib
 import difflib
 import glob
-import importlib
+import inspect
 import logging
 import os
 import os.path as osp
-import re
 import sys
-from typing import Iterator, List, Optional
+import tempfile
+from typing import Iterator, List
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
+from torch import nn
 
+from .checkpoint import (
+    check_resumable,
+    check_same_network,
+    read_state_dict,
+    select,
+    strip,
+)
+from .checkpoint_errors import check_crc
 from .config import may_exist
-from .dataset_files import Missing, missing_files
-from .hooks import SyncEstimatesHook
+from .dataset_files import (
+    NO_IMAGES,
+    Missing,
+    annotations_explained,
+    missing_files,
+    problems_of_dataset,
+)
+from .durable_files import write_durably
+from .errors import CheckpointError, UsageError
+from .hooks import SkipNonFiniteHook, SyncEstimatesHook
+from .mistakes import (
+    about_a_file,
+    config_from_file,
+    did_you_mean,
+    import_library,
+)
 from .update_rate import rate_contradiction
-
-# default_scope of a config: what to install
-LIBRARIES = {
-    'mmdet': 'mmdet',
-    'mmseg': 'mmsegmentation',
-    'mmpretrain': 'mmpretrain',
-}
-
-
-class UsageError(Exception):
-    """Something the user can put right: shown without a traceback."""
 
 
 class _Options(DictAction):
@@ -96,22 +111,22 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         name = osp.splitext(osp.basename(args.config))[0]
         cfg.work_dir = osp.join('work_dirs', name)
-    _import_library(cfg)
+    _warn_of_unread_keys(cfg)
+    import_library(cfg)
     return cfg
 
 
-def config_from_file(path: str) -> Config:
-    """Read a config; raise UsageError where it is wrong in a known way."""
-    try:
-        return Config.fromfile(path)
-    except Exception as error:
-        mistake = _mistake_in_config(path, error)
-        if mistake is None:
-            raise
-        raise UsageError(mistake) from error
+def build_runner(cfg: Config, needs_all_weights: bool = False) -> Runner:
+    """Build the runner of a config, guarded against what goes wrong in runs.
 
+    Checkpoints are written whole, those of other networks are refused, and
+    steps by gradients that are not finite are skipped.
 
-def build_runner(cfg: Config) -> Runner:
+    Args:
+        cfg (Config): A whole config.
+        needs_all_weights (bool): Whether what is loaded must be this network,
+            and not merely a part of it. Default: False
+    """
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         # MMEngine would ask each process for a GPU, whatever the backend.
         torch.distributed.init_process_group('gloo')
@@ -122,16 +137,25 @@ def build_runner(cfg: Config) -> Runner:
         )
         wrapper.update(cfg.get('model_wrapper_cfg') or {}, device_ids=None)
         cfg.model_wrapper_cfg = wrapper
-    if 'runner_type' in cfg:
+    if 'runner_type' in cfg:  # of a strategy with checkpoints of its own
         return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    runner = Runner.from_cfg(cfg)
+    write_durably(runner)
+    runner.register_hook(_CheckCheckpoint(needs_all_weights), 'VERY_HIGH')
+    if not any(isinstance(hook, SkipNonFiniteHook) for hook in runner.hooks):
+        runner.register_hook(SkipNonFiniteHook())
+    return runner
 
 
 def check_update_rate(runner: Runner) -> None:
     """Warn if layers have an update rate for other numbers of images."""
     batch_size = (runner.cfg.get('train_dataloader') or {}).get('batch_size')
-    # A batch sampler has its own; a FlexibleRunner no model so early.
-    if batch_size is None or not isinstance(runner.model, torch.nn.Module):
+    # A batch sampler has its own; a FlexibleRunner no model so early. What
+    # is no number, the loader refuses.
+    if not (
+        isinstance(batch_size, int)
+        and isinstance(runner.model, torch.nn.Module)
+    ):
         return
     contradiction = rate_contradiction(
         runner.model,
@@ -195,9 +219,46 @@ def check_datasets(cfg: Config, *loaders: str) -> None:
     )
 
 
+def check_work_dir(path: str) -> None:
+    """Raise UsageError if nothing can be written to a work directory."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(2**20))  # for logs, at least
+    except OSError as error:
+        raise UsageError(
+            f'nothing can be written to the work directory {path!r}: '
+            f'{error.strerror}. Name another with --work-dir.'
+        ) from error
+
+
+def check_training_set(runner: Runner) -> None:
+    """Raise UsageError if there is nothing to train on; warn of lost classes.
+
+    Builds the data set, which the runner then takes as it is.
+    """
+    loader = getattr(runner, '_train_dataloader', None)
+    if not isinstance(runner, Runner) or not isinstance(loader, dict):
+        return
+    cfg = loader.get('dataset')
+    if not isinstance(cfg, dict):
+        return
+    with annotations_explained(cfg):
+        dataset = DATASETS.build(cfg)
+        if hasattr(dataset, 'full_init'):
+            dataset.full_init()
+        if len(dataset) == 0:
+            raise ValueError(NO_IMAGES)
+    runner._train_dataloader = ConfigDict(loader, dataset=dataset)
+    for problem in problems_of_dataset(dataset):
+        print_log(problem, logger='current', level=logging.WARNING)
+
+
 def check_checkpoint(path: str) -> None:
-    """Raise UsageError if a local checkpoint is not there."""
+    """Raise UsageError if a local checkpoint is not there, or has changed."""
     if may_exist(path):
+        if osp.isfile(osp.expanduser(path)):
+            check_crc(osp.expanduser(path))
         return
     folder = osp.dirname(path) or '.'
     found = sorted(glob.glob(osp.join(glob.escape(folder), '*.pth')))
@@ -217,12 +278,115 @@ def check_pretrained(cfg: Config) -> None:
             check_checkpoint(path)
 
 
+def check_started(cfg: Config, model: nn.Module) -> None:
+    """Raise UsageError if a part of a model starts from another's weights.
+
+    MMEngine warns of what does not match and goes on, with random weights.
+    """
+    for name, module in model.named_modules():
+        for part in _dicts(getattr(module, 'init_cfg', None)):
+            path = part.get('checkpoint')
+            if part.get('type') != 'Pretrained' or not isinstance(path, str):
+                continue
+            if osp.isfile(osp.expanduser(path)):
+                state = read_state_dict(osp.expanduser(path))
+                prefix = part.get('prefix')
+                if prefix:
+                    state = select(state, prefix.rstrip('.') + '.')
+                check_same_network(
+                    module, state, f'{path!r}, init_cfg of {name}'
+                )
+
+
+class _CheckCheckpoint(Hook):
+    """Refuses to go on from a checkpoint of another network."""
+
+    def __init__(self, needs_all_weights: bool):
+        self.needs_all_weights = needs_all_weights
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        path = repr(str(runner._load_from))
+        if not isinstance(checkpoint, dict):
+            raise CheckpointError(
+                f'{path} holds a {type(checkpoint).__name__}; expected a '
+                'checkpoint, a dict of tensors.'
+            )
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        state = checkpoint.get('state_dict', checkpoint)
+        least = 0.5 if self.needs_all_weights or runner._resume else 0
+        check_same_network(model, strip(state, 'module.'), path, least)
+        if runner._resume:
+            check_resumable(checkpoint, path.strip("'"))
+            _check_optimizer(runner, checkpoint, path)
+
+
+def _check_optimizer(runner, checkpoint: dict, path: str) -> None:
+    optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
+    groups = checkpoint.get('optimizer', {}).get('param_groups')
+    if not isinstance(optimizer, torch.optim.Optimizer) or not groups:
+        return
+    # Other versions of torch add settings, or lack some, but not both.
+    saved = groups[0].keys() - {'params', 'initial_lr'}
+    own = optimizer.defaults.keys()
+    sizes, own_sizes = (
+        [len(group['params']) for group in some]
+        for some in (groups, optimizer.param_groups)
+    )
+    if sizes != own_sizes or (saved - own and own - saved):
+        raise CheckpointError(
+            f'{path} has the state of another optimizer, or of one for other '
+            'parameters, than the config. Resume with the config of that '
+            'training. To start from its weights alone, leave --resume out '
+            f'and add --cfg-options load_from={path}'
+        )
+
+
 def run(main) -> None:
     """Call a tool's main function; show usage errors as one message."""
     try:
-        main()
+        with _without_code():
+            main()
     except UsageError as error:
         sys.exit(f'error: {error}')
+    except Exception as error:
+        message = about_a_file(error)
+        if message is None:
+            raise
+        sys.exit(f'error: {message}')
+
+
+@contextlib.contextmanager
+def _without_code():
+    """Let nothing that is loaded run code, downloads included.
+
+    Torch asks MMEngine's loaders for that since 2.6 only, and its own loader
+    of URLs never.
+    """
+    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+    if name in os.environ or 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD' in os.environ:
+        yield
+        return
+    os.environ[name] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _warn_of_unread_keys(cfg: Config) -> None:
+    """Warn of what MMEngine would pass over because it is misspelled."""
+    read = set(inspect.signature(Runner.__init__).parameters) - {'self'}
+    for key in cfg:
+        close = difflib.get_close_matches(key, read, 1, cutoff=0.85)
+        if close and key not in read:
+            print_log(
+                f'Nothing reads {key!r} in the config.'
+                + did_you_mean(key, close),
+                logger='current',
+                level=logging.WARNING,
+            )
 
 
 def _dicts(cfg) -> Iterator[dict]:
@@ -246,52 +410,6 @@ def _similar_config(path: str) -> str:
     if not close:
         return ''
     return ' Did you mean ' + ' or '.join(by_name[name] for name in close)
-
-
-def _mistake_in_config(path: str, error: Exception) -> Optional[str]:
-    """What an exception of reading a config means; None: who knows."""
-    text = str(error)
-    if isinstance(error, ImportError):
-        return f'{path} needs a package: {error}'
-    if isinstance(error, SyntaxError):
-        line = (error.text or '').strip()
-        if osp.isfile(error.filename or ''):
-            where = error.filename
-        else:  # mmengine does not tell, and it may be a base's
-            with open(path, encoding='utf-8') as file:
-                where = path if line in file.read() else f'a base of {path}'
-        return f'{where}, line {error.lineno}: {error.msg}: {line}'
-    if isinstance(error, (NameError, RuntimeError)) and (
-        '_base_' in text or 'inheritance chain' in text
-    ):  # mmengine takes it for its newer style, which has no _base_
-        base = re.search(r'module in (\S+)\. ', text)
-        return (
-            f"{base[1] if base else path}: _base_ = '...' must be the first "
-            'line. Imports, such as that of micro_batch_model, come after it.'
-        )
-    if isinstance(error, FileNotFoundError):
-        return f'{path}: {error}'
-    if isinstance(error, (TypeError, ValueError)) and text.startswith(
-        'micro_batch_model'
-    ):
-        return text
-    return None
-
-
-def _import_library(cfg: Config) -> None:
-    scope = cfg.get('default_scope', 'mmengine')
-    if scope in LIBRARIES:
-        try:
-            importlib.import_module(scope)
-        except ModuleNotFoundError as error:
-            if error.name != scope:
-                raise
-            raise UsageError(
-                f'the config is for {scope}, which is not installed: pip '
-                f'install {LIBRARIES[scope]}, or bash tools/setup_env.sh '
-                'for all of it.'
-            ) from None
-    init_default_scope(scope)
 
 
 def _hint(missing: List[Missing]) -> str:

@@ -32,7 +32,8 @@ from mmengine.utils import digit_version
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.batch_statistics import BatchStatistics
+from ..layers._base import NormBase
+from .checkpoint_errors import explained
 
 
 class _Dtype:
@@ -201,17 +202,18 @@ def _declare(entries: list) -> None:
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let MMEngine read its own checkpoints, with torch's safety on."""
-    if not REFUSES_BY_DEFAULT:
-        return
+    """Let MMEngine read its own checkpoints, with torch's safety on.
+
+    Where a checkpoint cannot be read or downloaded, say why in one line.
+    """
     # The one door of testing, resuming, load_from and init_cfg.
     door = checkpoint.CheckpointLoader.load_checkpoint.__func__
     if not hasattr(door, 'reads_mmengine_checkpoints'):
 
         @functools.wraps(door)
-        def load_checkpoint(*args, **kwargs):
-            with mmengine_checkpoints():
-                return door(*args, **kwargs)
+        def load_checkpoint(cls, filename, *args, **kwargs):
+            with mmengine_checkpoints(), explained(filename):
+                return door(cls, filename, *args, **kwargs)
 
         load_checkpoint.reads_mmengine_checkpoints = True
         checkpoint.CheckpointLoader.load_checkpoint = classmethod(
@@ -224,10 +226,9 @@ def allow_mmengine_checkpoints() -> None:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a model has a Batch Normalization, in more than name."""
+    """Whether a model has a Batch Normalization other than ours."""
     return any(
-        isinstance(module, _BatchNorm)
-        and not isinstance(module, BatchStatistics)
+        isinstance(module, _BatchNorm) and not isinstance(module, NormBase)
         for module in model.modules()
     )
 

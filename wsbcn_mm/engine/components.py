@@ -8,18 +8,23 @@ import warnings
 from typing import Any, Dict, Optional, Set
 
 import torch
+from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.registry import MODELS
+from mmengine.utils import get_object_from_string
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..layers import BCN
 from ..layers._base import check_count
-from .update_rate import LEAST_IMAGES, update_rate
+from .update_rate import update_rate
+
+LAZY = (LazyAttr, LazyObject)  # a new-style config's stand-ins for imports
 
 
 def registered(kind: Any, scope: Optional[str] = None) -> Optional[type]:
-    """The class that a config's ``type`` means, or None."""
+    """Return the class that a config's ``type`` means, or None."""
+    kind = type_name(kind)
     if isinstance(kind, str):
         if scope and '.' not in kind:
             kind = f'{scope}.{kind}'
@@ -30,8 +35,35 @@ def registered(kind: Any, scope: Optional[str] = None) -> Optional[type]:
     return kind if inspect.isclass(kind) else None
 
 
+def type_name(kind: Any) -> Any:
+    """Return the text that names a class in a config.
+
+    New-style configs hold classes, or stand-ins that import them when asked,
+    and neither can be dumped. A class gets the name that it is registered
+    by, else its import path; one that has neither stays what it is, as does
+    text.
+
+    Example:
+        >>> type_name(nn.GroupNorm)
+        'GN'
+    """
+    if isinstance(kind, LAZY):
+        kind = kind.build()
+    if not (inspect.isclass(kind) or inspect.isfunction(kind)):
+        return kind
+    library = kind.__module__.partition('.')[0]
+    own = MODELS.children.get(library)
+    for registry, prefix in ((MODELS, ''), (own, f'{library}.')):
+        for name, found in registry.module_dict.items() if registry else ():
+            if found is kind:
+                return prefix + name
+    path = f'{kind.__module__}.{kind.__qualname__}'
+    return path if get_object_from_string(path) is kind else kind
+
+
 def class_name(kind: Any) -> str:
     """``'ResNet'`` for 'ResNet', 'mmdet.ResNet' and the class itself."""
+    kind = type_name(kind)
     return getattr(kind, '__name__', str(kind).rpartition('.')[2])
 
 
@@ -122,15 +154,27 @@ def norm_class(cfg: Any) -> Optional[type]:
 
 
 def plain_copy(cfg: Any) -> Any:
-    """A copy in which every dict, of whatever class, is a dict.
+    """Copy a config into dicts whose ``type`` is text.
 
     Nothing is left to be merged, so ``_delete_`` has no meaning any more.
     """
-    if isinstance(cfg, dict):
-        return {k: plain_copy(v) for k, v in cfg.items() if k != '_delete_'}
+    if isinstance(cfg, dict):  # not cfg.items(), which imports lazy objects
+        return {
+            k: type_name(v) if k == 'type' else plain_copy(v)
+            for k, v in dict.items(cfg)
+            if k != '_delete_'
+        }
     if isinstance(cfg, (list, tuple)):
         return type(cfg)(plain_copy(value) for value in cfg)
     return copy.deepcopy(cfg)
+
+
+def layer_cfg(cfg: dict) -> dict:
+    """Copy the config of a layer, named as it is registered."""
+    cfg = plain_copy(cfg)
+    if '.' in str(cfg.get('type')):  # as 'wsbcn_mm.BCN'
+        cfg['type'] = type_name(registered(cfg['type']) or cfg['type'])
+    return cfg
 
 
 def with_rate(
@@ -138,7 +182,7 @@ def with_rate(
 ) -> dict:
     """Complete ``norm_cfg`` by what follows from the numbers of images."""
     rate = update_rate(images_per_gpu, images_per_update)
-    norm_cfg = plain_copy(norm_cfg)
+    norm_cfg = layer_cfg(norm_cfg)
     kind = norm_class(norm_cfg)
     if issubclass(kind, BCN):
         if 'momentum' not in norm_cfg:
@@ -149,8 +193,7 @@ def with_rate(
     if 'simulated_batch_size' in constructor_parameters(kind):
         batch_size = norm_cfg.setdefault('batch_size', images_per_gpu)
         check_count(kind.__name__, 'batch_size', batch_size)
-        least = -(-LEAST_IMAGES // batch_size) * batch_size
-        norm_cfg.setdefault(
-            'simulated_batch_size', max(images_per_update, least)
-        )
+        # 32 samples, as in the authors' code, in whole batches.
+        window = -(-32 // batch_size) * batch_size
+        norm_cfg.setdefault('simulated_batch_size', window)
     return norm_cfg

@@ -7,7 +7,8 @@ import math
 import os.path as osp
 import re
 import warnings
-from typing import Any, Optional, Set, Union
+from dataclasses import replace
+from typing import Any, Dict, Iterable, Optional, Set, Tuple, Union
 
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
@@ -15,11 +16,13 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from ..layers import BCN
+from ..layers._conv_base import PLAIN_CONVOLUTION
 from .components import (
     check_layer,
     class_name,
     constructor_parameters,
     family,
+    layer_cfg,
     norm_class,
     plain_copy,
     registered,
@@ -49,17 +52,6 @@ GN_WS_CHECKPOINTS = {
 # and the heads too, which otherwise stay without a normalization.
 NORMALIZED_HEADS = {'mmdet.FasterRCNN', 'mmdet.MaskRCNN'}
 
-# Their conv_cfg also reaches convolutions that no normalization follows,
-# which must keep their scale, or that have a single weight. Those that one
-# follows are found once the model is built.
-PLAIN_CONVOLUTIONS = {
-    'mmpretrain.MobileOne',  # depthwise 1x1 branches
-    'mmseg.CGNet',  # what its global gate sees
-    'mmseg.DNLHead',  # queries, keys and values
-    'mmseg.EMAHead',  # the input of the expectation maximization
-    'mmseg.NLHead',  # queries, keys and values
-}
-
 # Their normalizations see vectors, (N, C), not feature maps.
 VECTOR_NORMALIZATIONS = {
     'mmdet.LinearReIDHead',
@@ -68,67 +60,6 @@ VECTOR_NORMALIZATIONS = {
     'mmpretrain.NonLinearNeck',
     'mmpretrain.StackedLinearClsHead',
     'mmpretrain.SwAVNeck',
-}
-
-# They build normalizations of their own, whatever norm_cfg says, so that they
-# are complete only once the built model is converted.
-FIXED_NORMALIZATIONS = {
-    'mmdet.CTResNetNeck',
-    'mmdet.CornerHead',
-    'mmdet.DilatedEncoder',
-    'mmdet.DoubleConvFCBBoxHead',
-    'mmdet.DyHead',
-    'mmdet.GridHead',
-    'mmdet.HourglassNet',
-    'mmdet.NASFCOS_FPN',
-    'mmpretrain.HRFuseScales',
-    'mmpretrain.HRNet',
-    'mmpretrain.InceptionV3',
-    'mmpretrain.MobileViT',
-    'mmpretrain.PyramidVig',
-    'mmpretrain.RepLKNet',
-    'mmpretrain.RepMLPNet',
-    'mmpretrain.VAN',
-    'mmpretrain.Vig',
-    'mmseg.BiSeNetV1',
-    'mmseg.BiSeNetV2',
-    'mmseg.DDRNet',
-    'mmseg.ERFNet',
-    'mmseg.PIDNet',
-    'mmseg.STDCContextPathNet',
-}
-
-# The same of convolutions that norm_cfg normalizes and conv_cfg passes by.
-FIXED_CONVOLUTIONS = {
-    'mmdet.CSPNeXt',
-    'mmdet.CSPNeXtPAFPN',
-    'mmdet.FPG',
-    'mmdet.MSDeformAttnPixelDecoder',
-    'mmdet.NASFCOSHead',
-    'mmdet.NASFPN',
-    'mmdet.PixelDecoder',
-    'mmdet.RTMDetInsSepBNHead',
-    'mmdet.ResLayer',
-    'mmdet.ResNeSt',
-    'mmdet.SOLOHead',
-    'mmdet.SOLOV2Head',
-    'mmdet.TransformerEncoderPixelDecoder',
-    'mmdet.YOLOFHead',
-    'mmpretrain.CSPResNet',
-    'mmpretrain.DenseNet',
-    'mmpretrain.EfficientNetV2',
-    'mmpretrain.ResNeSt',
-    'mmseg.DDRHead',
-    'mmseg.DepthwiseSeparableASPPHead',
-    'mmseg.DepthwiseSeparableFCNHead',
-    'mmseg.FastSCNN',
-    'mmseg.JPU',
-    'mmseg.LRASPPHead',
-    'mmseg.PIDHead',
-    'mmseg.ResNeSt',
-    'mmseg.STDCNet',
-    'mmseg.SegformerHead',
-    'mmseg.UNet',
 }
 
 # Their owner hands its own norm_cfg and conv_cfg on to them.
@@ -178,6 +109,17 @@ def micro_batch_model(
         from wsbcn_mm import micro_batch_model
         model = micro_batch_model(_base_.model)
 
+    In a new-style config file, where mmengine puts off every import,
+    ``build()`` says that this one is wanted now:
+
+    .. code-block:: python
+
+        from mmengine.config import read_base
+        with read_base():
+            from .retinanet_r50_fpn_1x_coco import *
+        from wsbcn_mm import micro_batch_model
+        model = micro_batch_model.build()(model)
+
     Args:
         model_cfg (dict): A model config of MMDetection, MMSegmentation or
             MMPretrain. It is not changed.
@@ -205,7 +147,8 @@ def micro_batch_model(
             the Batch Normalization and the convolutions that no config
             reaches because a class has them built in. The result's type is
             ``ConvertedModel`` then, all else being where it was. Default:
-            None, where a class is known for it, as the head of DeepLabV3+
+            None, where a trial build shows such layers, or where the model
+            cannot be built yet, as with a class that is still to be imported
 
     Returns:
         ConfigDict: The new model config. A BCN that starts from a GN
@@ -234,6 +177,7 @@ def micro_batch_model(
     if norm_cfg is None:
         norm_cfg = dict(type='BCN', num_groups=32)
     _check_config('norm_cfg', norm_cfg, "dict(type='BCN', num_groups=32)")
+    norm_cfg = layer_cfg(norm_cfg)
     if norm_class(norm_cfg) is None:
         raise ValueError(
             'micro_batch_model: norm_cfg must name a normalization of feature '
@@ -242,6 +186,7 @@ def micro_batch_model(
     if conv_cfg is None:
         conv_cfg = dict(type='ConvWS')
     _check_config('conv_cfg', conv_cfg, "dict(type='ConvWS')")
+    conv_cfg = layer_cfg(conv_cfg)
     conv_class = registered(conv_cfg['type'])
     if conv_class is None or 'conv' not in conv_class.__name__.lower():
         raise ValueError(
@@ -265,35 +210,21 @@ def micro_batch_model(
         check_layer(conv_cfg, 64, 64, 3, bias=False)
     except (TypeError, ValueError) as error:
         raise type(error)(f'micro_batch_model: {error}') from error
-    if is_converted(model_cfg) and convert is None:
+    result = plain_copy(model_cfg)
+    if is_converted(result) and convert is None:
         convert = True
-    result = unconverted(plain_copy(model_cfg))
-    scope = _scope(result)
-    fixed = ' and '.join(sorted(_fixed(result, scope, conv_cfg)))
-    if fixed and convert is None:
-        _tell(
-            f'no config reaches some layers of {fixed}: they are converted '
-            'once the model is built'
-        )
-        convert = True
-    elif fixed and not convert:
-        _warn(
-            f'no config reaches some layers of {fixed}, and convert=False '
-            'leaves them. Later only the built model can be converted, by '
-            'wsbcn_mm.convert_to_micro_batch(model)'
-        )
-    conversion = _Conversion(
-        norm_cfg, dict(conv_cfg), pretrained, bool(convert)
-    )
-    result = conversion.convert(result, scope)
-    if not conversion.norms and not convert:
+    result = unconverted(result)
+    conversion = _Conversion(norm_cfg, conv_cfg, pretrained, convert)
+    result = conversion.convert(result, _scope(result))
+    if not conversion.norms and not conversion.converts_once_built:
         raise ValueError(
             f'micro_batch_model: found no normalization to replace in '
-            f'type={model_cfg["type"]!r}: neither a norm_cfg of type BN, '
-            'SyncBN, GN, IN or BCN in the config, nor a class that has one by '
-            'default. Expected the whole model config, such as cfg.model. '
-            'Where a class has it built in, add convert=True. For a network '
-            'that is not built from a config, use '
+            f'type={class_name(model_cfg["type"])!r}: neither a norm_cfg of '
+            'type BN, SyncBN, GN, IN or BCN in the config, nor a class that '
+            'has one by default. Expected the whole model config, such as '
+            'cfg.model, after the import of the classes that it names. Where '
+            'a class has it built in, add convert=True. For a network that is '
+            'not built from a config, use '
             'wsbcn_mm.convert_to_micro_batch(module)'
         )
     if isinstance(pretrained, str) and not conversion.has_backbone:
@@ -306,7 +237,7 @@ def micro_batch_model(
             f'there is no pretrained={pretrained!r}, so that training would '
             'fail'
         )
-    if convert:
+    if conversion.converts_once_built:
         result = conversion.converted(result)
     conversion.keep_function_of_checkpoint()
     return Replacement(
@@ -355,21 +286,35 @@ class _Conversion:
         norm_cfg: dict,
         conv_cfg: dict,
         pretrained: Union[bool, str, None],
-        built: bool,
+        convert: Optional[bool],
     ):
         self.norm_cfg = norm_cfg
         self.conv_cfg = conv_cfg
         self.pretrained = pretrained
-        self.built = built  # whether the built model is converted as well
+        self.converts_once_built = convert
         self.norms = []  # all that were inserted
-        self.standardized = 0  # components that were not standardized before
+        self.failure: Optional[Exception] = None  # of building the model
+        # By path, as 'roi_head.mask_head': the components whose conv_cfg
+        # standardizes now, and what they had.
+        self.standardized: Dict[str, Tuple[dict, dict]] = {}
+        self.standardized_once_built: Set[str] = set()  # names of layers
+        self.left = []  # batch normalizations that nothing converts
         self.has_backbone = False
         self.from_group_norm = False  # whether a checkpoint holds GN's affine
 
-    def convert(self, cfg: Any, scope: Optional[str]) -> Any:
-        """Convert ``cfg`` and what it contains, in place."""
+    def convert(self, cfg: dict, scope: Optional[str]) -> dict:
+        """Convert the config of a model, in place."""
+        cfg = self._convert(cfg, scope, '')
+        self._try_out(cfg, scope)
+        self._fit_checkpoints(cfg, scope, '')
+        return cfg
+
+    def _convert(self, cfg: Any, scope: Optional[str], path: str) -> Any:
         if isinstance(cfg, (list, tuple)):
-            return type(cfg)(self.convert(c, scope) for c in cfg)
+            return type(cfg)(
+                self._convert(c, scope, _join(path, i))
+                for i, c in enumerate(cfg)
+            )
         if not isinstance(cfg, dict):
             return cfg
         if _is_replaced(cfg):
@@ -382,11 +327,12 @@ class _Conversion:
             self._normalize_heads(cfg)
         if isinstance(cfg.get('backbone'), dict):
             self._start_backbone(cfg)
-        standardized = self.standardized
         norms = {k: v for k, v in cfg.items() if _is_replaced(v)}
         for name, part in cfg.items():
             if name not in OTHER_PARTS and name not in norms:
-                cfg[name] = self._convert_part(component, name, part, scope)
+                cfg[name] = self._convert_part(
+                    component, name, part, scope, _join(path, name)
+                )
         parameters = constructor_parameters(component)
         norms.update(
             (name, default)
@@ -394,11 +340,138 @@ class _Conversion:
             if name not in cfg and _is_replaced(default)
         )
         if norms and self._sees_feature_maps(cfg, component):
-            self._replace(cfg, component, parameters, norms)
-        if self._standardizes_once_built(component, parameters, norms):
-            self.standardized += 1
-        self._fit_checkpoints(cfg, scope, self.standardized > standardized)
+            self._replace(cfg, component, parameters, norms, path)
         return cfg
+
+    def _try_out(self, cfg: dict, scope: Optional[str]) -> None:
+        """Find out from the built model what the config does not reach.
+
+        Classes may build normalizations of their own, pass ``conv_cfg`` by,
+        or use it where no normalization follows.
+        """
+        changed = self._look(cfg, scope, '')
+        owners = {self._owner(cfg, entry.name) for entry in changed}
+        owners = ' and '.join(sorted(owners))
+        undecided = self.converts_once_built is None
+        if self.failure and self.converts_once_built is not True:
+            if not self.norms and registered(cfg['type'], scope) is None:
+                return  # nothing speaks for it
+            self.converts_once_built = undecided
+            why = str(self.failure).strip('\'"').partition('. ')[0][:100]
+            _tell(
+                'the model cannot be built yet '
+                f'({type(self.failure).__name__}: {why}): what its config '
+                'does not reach is '
+                + (
+                    'converted once it is built'
+                    if undecided
+                    else 'not known, and convert=False leaves it'
+                )
+            )
+        elif owners and undecided:
+            self.converts_once_built = True
+            _tell(
+                f'no config reaches some layers of {owners}: they are '
+                'converted once the model is built'
+            )
+        elif owners and not self.converts_once_built:
+            _warn(
+                f'no config reaches some layers of {owners}, and '
+                'convert=False leaves them. Later only the built model can be '
+                'converted, by wsbcn_mm.convert_to_micro_batch(model)'
+            )
+        elif self.left:  # else the built model tells it
+            _tell(
+                f'{len(self.left)} batch normalizations stay, the first '
+                f'{self.left[0].name}: {self.left[0].reason}'
+            )
+        if self.converts_once_built:
+            self.standardized_once_built = {
+                entry.name for entry in changed if entry.kind == 'convolution'
+            }
+
+    def _look(self, cfg: Any, scope: Optional[str], path: str) -> list:
+        """Build a part of the model, and where that fails what it is made of.
+
+        Returns:
+            list[Entry]: The layers that conversion once built would change.
+        """
+        from ..converted_model import try_conversion  # it imports this module
+
+        if isinstance(cfg, (list, tuple)):
+            parts = enumerate(cfg)
+        elif isinstance(cfg, dict) and not _is_replaced(cfg):
+            scope = cfg.get('_scope_') or scope
+            parts = ((k, v) for k, v in cfg.items() if k not in OTHER_PARTS)
+        else:
+            return []
+        if not path or (
+            isinstance(cfg, dict) and registered(cfg.get('type'), scope)
+        ):
+            try:
+                report = try_conversion(
+                    cfg, scope, self.norm_cfg, self.conv_cfg
+                )
+            except Exception as error:
+                inside = [p for p in self.standardized if _is_in(p, path)]
+                if inside and PLAIN_CONVOLUTION in str(error):
+                    self._take_back(inside)
+                    return self._look(cfg, scope, path)
+                self.failure = self.failure or error
+            else:
+                misplaced = [_join(path, e.name) for e in report.misplaced]
+                if self._take_back(self._holders(misplaced, path)):
+                    return self._look(cfg, scope, path)
+                changed, left = (
+                    [replace(e, name=_join(path, e.name)) for e in entries]
+                    for entries in (report.changed, report.left)
+                )
+                self.left += [e for e in left if e.kind == 'batch norm']
+                return changed
+        return [
+            entry
+            for name, part in parts
+            for entry in self._look(part, scope, _join(path, name))
+        ]
+
+    def _holders(self, names: Iterable[str], path: str) -> Set[str]:
+        """Return the components whose ``conv_cfg`` layers have.
+
+        A layer that is at another place than its config stands for all of
+        the part at ``path``.
+        """
+        found = set()
+        for name in names:
+            holders = [p for p in self.standardized if _is_in(name, p)]
+            found.update(
+                [max(holders, key=len)]
+                if holders
+                else [p for p in self.standardized if _is_in(p, path)]
+            )
+        return found
+
+    def _take_back(self, paths: Iterable[str]) -> bool:
+        """Give components the ``conv_cfg`` back that they had."""
+        for path in paths:
+            cfg, before = self.standardized.pop(path)
+            del cfg['conv_cfg']
+            cfg.update(before)
+        return bool(paths)
+
+    @staticmethod
+    def _owner(cfg: dict, name: str) -> str:
+        """Return the class of the innermost component around a layer."""
+        owner = cfg['type']
+        for part in name.split('.'):
+            if isinstance(cfg, (list, tuple)) and part.isdigit():
+                cfg = cfg[int(part)]
+            else:
+                cfg = cfg.get(part)
+            if not isinstance(cfg, (dict, list, tuple)):
+                break
+            if isinstance(cfg, dict) and 'type' in cfg:
+                owner = cfg['type']
+        return class_name(owner)
 
     def converted(self, cfg: dict) -> dict:
         """The config of a model that is converted once built."""
@@ -407,6 +480,8 @@ class _Conversion:
             norm_cfg=self._norm(),
             conv_cfg=self.conv_cfg,
         )
+        if self.pretrained is not None:
+            conversion['pretrained'] = self.pretrained
         return {**cfg, 'type': 'ConvertedModel', 'conversion': conversion}
 
     def keep_function_of_checkpoint(self) -> None:
@@ -415,14 +490,16 @@ class _Conversion:
             for norm in self.norms:
                 norm.setdefault('channel_affine', 'channel')
 
-    def _convert_part(self, component, name: str, part: Any, scope) -> Any:
+    def _convert_part(
+        self, component, name: str, part: Any, scope, path: str
+    ) -> Any:
         for owner in family(component):
             implied = IMPLIED_TYPES.get((owner, name))
             if implied and isinstance(part, dict) and 'type' not in part:
-                part = self.convert(dict(part, type=implied), scope)
+                part = self._convert(dict(part, type=implied), scope, path)
                 del part['type']
                 return part
-        return self.convert(part, scope)
+        return self._convert(part, scope, path)
 
     def _normalize_heads(self, cfg: dict) -> None:
         """Give a detector the form that it has in the zoo's gn+ws folder."""
@@ -443,7 +520,8 @@ class _Conversion:
                         f'keep that: model.roi_head.{name} = '
                         f'_base_.model.roi_head.{name}, after the call'
                     )
-                head.update(type=new, norm_cfg=self.norm_cfg)
+                scope = head['type'][: -len(old)]  # as 'mmdet.', or none
+                head.update(type=scope + new, norm_cfg=self.norm_cfg)
                 head.setdefault('conv_out_channels', 256)
 
     @staticmethod
@@ -457,7 +535,7 @@ class _Conversion:
         return False
 
     def _replace(
-        self, cfg: dict, component, parameters: dict, norms: dict
+        self, cfg: dict, component, parameters: dict, norms: dict, path: str
     ) -> None:
         """Replace the ``norms`` of a component, and what goes with them."""
         for name in norms:
@@ -472,38 +550,28 @@ class _Conversion:
         if component is None and 'type' in cfg:
             _warn(
                 f'{class_name(cfg["type"])} is not registered, so that only '
-                'the normalizations that the config names are replaced and '
-                'the convolutions stay. Import the module that registers it '
-                'first'
+                'the normalizations that the config names are replaced now, '
+                'and the convolutions once the model is built. Import the '
+                'module that registers it first'
             )
         if 'conv_cfg' in parameters:
             old = cfg.get('conv_cfg', parameters['conv_cfg'])
-            new = self._convolution(cfg, component, parameters)
+            new = self._convolution(cfg, parameters)
             if new is not old:
+                if not _is_plain(new) and _is_plain(old):
+                    before = {k: v for k, v in cfg.items() if k == 'conv_cfg'}
+                    self.standardized[path] = (cfg, before)
                 cfg['conv_cfg'] = new
-                self.standardized += not _is_plain(new) and _is_plain(old)
         if 'norm_eval' in parameters:
             cfg['norm_eval'] = False
         if 'frozen_stages' in cfg and 'frozen_stages' in parameters:
             cfg['frozen_stages'] = parameters['frozen_stages']  # none
 
-    def _standardizes_once_built(
-        self, component, parameters: dict, norms: dict
-    ) -> bool:
-        """Whether convolutions change that ``conv_cfg`` does not reach."""
-        if not self.built or _is_plain(self.conv_cfg):
-            return False
-        return _is_fixed(component, self.conv_cfg) or (
-            bool(norms) and 'conv_cfg' not in parameters
-        )
-
     def _norm(self) -> dict:
         self.norms.append(copy.deepcopy(self.norm_cfg))
         return self.norms[-1]
 
-    def _convolution(
-        self, cfg: dict, component, parameters: dict
-    ) -> Optional[dict]:
+    def _convolution(self, cfg: dict, parameters: dict) -> Optional[dict]:
         """The ``conv_cfg`` where a normalization follows."""
         old = cfg.get('conv_cfg', parameters['conv_cfg'])
         kind = re.fullmatch(
@@ -512,7 +580,6 @@ class _Conversion:
         )
         if (
             not kind
-            or family(component) & PLAIN_CONVOLUTIONS
             or cfg.get('dcn')  # a backbone takes one of the two
             or cfg.get(
                 'no_norm_on_lateral', parameters.get('no_norm_on_lateral')
@@ -538,37 +605,57 @@ class _Conversion:
         )
 
     def _fit_checkpoints(
-        self, cfg: dict, scope: Optional[str], standardized: bool
+        self, cfg: Any, scope: Optional[str], path: str
     ) -> None:
-        """Keep, replace or remove the checkpoints that ``cfg`` names."""
+        """Keep, replace or remove the checkpoints that a config names."""
+        if isinstance(cfg, (list, tuple)):
+            for i, part in enumerate(cfg):
+                self._fit_checkpoints(part, scope, _join(path, i))
+        if not isinstance(cfg, dict):
+            return
+        scope = cfg.get('_scope_') or scope
+        for name, part in cfg.items():
+            if name not in OTHER_PARTS:
+                self._fit_checkpoints(part, scope, _join(path, name))
+        standardized = any(
+            _is_in(name, path)
+            for name in (*self.standardized, *self.standardized_once_built)
+        )
         kind = class_name(cfg.get('backbone', cfg).get('type'))
         lost = False
-        for holder, key in _checkpoints(cfg):
+        for holder, key in checkpoints(cfg):
             old = holder[key]
             holder[key] = new = self._checkpoint(old, kind, standardized)
-            lost |= new is None
-            self.from_group_norm |= bool(_GROUP_NORM_NAME.search(new or ''))
+            lost |= new in (None, False)
+            self.from_group_norm |= isinstance(new, str) and bool(
+                _GROUP_NORM_NAME.search(new)
+            )
         if lost:
             self._start_from_scratch(cfg, scope)
 
     def _checkpoint(
-        self, old: str, kind: str, standardized: bool
-    ) -> Optional[str]:
-        """What takes the place of a checkpoint; None: nothing."""
+        self, old: Union[str, bool], kind: str, standardized: bool
+    ) -> Union[str, bool, None]:
+        """What takes the place of a checkpoint; None or False: nothing.
+
+        True stands for one that a class knows itself, as those of timm.
+        """
+        nothing = False if old is True else None
         if self.pretrained is False:
-            return None
+            return nothing
         if not standardized or self.pretrained in (True, old):
             return old
-        new = None
+        new = nothing
         if class_name(self.conv_cfg['type']) == 'ConvWS' and issubclass(
             norm_class(self.norm_cfg), (nn.GroupNorm, BCN)
         ):
-            new = GN_WS_CHECKPOINTS.get(old)
+            new = GN_WS_CHECKPOINTS.get(old, nothing)
         _warn(
             f'{kind} starts '
             + (f'from {new!r} instead of' if new else 'from scratch, not from')
-            + f' {old!r}, since Weight Standardization would change what '
-            'these weights compute. To choose: pretrained=True (these all '
+            + (' weights of its own' if old is True else f' {old!r}')
+            + ', since Weight Standardization would change what these '
+            'weights compute. To choose: pretrained=True (these all '
             'the same), False (from scratch), or the name of a checkpoint'
         )
         return new
@@ -590,9 +677,14 @@ class _Conversion:
 _GROUP_NORM_NAME = re.compile(r'(?:^|[^a-z0-9])gn(?:[^a-z0-9]|$)')
 
 
-def _checkpoints(cfg: dict):
-    """Where ``cfg`` itself names checkpoints."""
-    if isinstance(cfg.get('pretrained'), str):
+def checkpoints(cfg: dict):
+    """Yield where a config itself names checkpoints.
+
+    Yields:
+        tuple[dict, str]: A dict, and the key of the checkpoint in it. Its
+        value is True where the class knows which, as those of timm.
+    """
+    if isinstance(cfg.get('pretrained'), str) or cfg.get('pretrained') is True:
         yield cfg, 'pretrained'
     inits = cfg.get('init_cfg')
     for init in inits if isinstance(inits, (list, tuple)) else [inits]:
@@ -604,7 +696,7 @@ def _check_config(name: str, cfg: dict, example: str) -> None:
     if not isinstance(cfg, dict):
         raise TypeError(
             f'micro_batch_model: {name} must be a dict such as {example}; '
-            f'got {cfg!r} ({type(cfg).__name__})'
+            f'got {_short(cfg)} ({type(cfg).__name__})'
         )
     if 'type' not in cfg:
         raise ValueError(
@@ -613,10 +705,17 @@ def _check_config(name: str, cfg: dict, example: str) -> None:
         )
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f'{text[:76]} ...'
+
+
 def _scope(model_cfg: dict) -> Optional[str]:
     """The library whose registry knows the model's type."""
     current = DefaultScope.get_current_instance()
+    prefix = str(model_cfg['type']).partition('.')[0]
     for scope in (
+        prefix if prefix in LIBRARIES else None,
         model_cfg.get('_scope_'),
         current and current.scope_name,
         *LIBRARIES,
@@ -626,30 +725,13 @@ def _scope(model_cfg: dict) -> Optional[str]:
     return None
 
 
-def _is_fixed(component: Optional[type], conv_cfg: dict) -> bool:
-    """Whether a class has layers that only conversion once built changes."""
-    fixed = FIXED_NORMALIZATIONS
-    if not _is_plain(conv_cfg):
-        fixed = fixed | FIXED_CONVOLUTIONS | PLAIN_CONVOLUTIONS
-    return bool(family(component) & fixed)
+def _join(path: str, key: Union[str, int]) -> str:
+    return f'{path}.{key}' if path else str(key)
 
 
-def _fixed(cfg: Any, scope: Optional[str], conv_cfg: dict) -> Set[str]:
-    """The classes in ``cfg`` that :func:`_is_fixed` says it of."""
-    if isinstance(cfg, (list, tuple)):
-        return set().union(*(_fixed(part, scope, conv_cfg) for part in cfg))
-    if not isinstance(cfg, dict):
-        return set()
-    scope = cfg.get('_scope_') or scope
-    component = registered(cfg.get('type'), scope)
-    is_fixed = _is_fixed(component, conv_cfg)
-    return ({class_name(component)} if is_fixed else set()).union(
-        *(
-            _fixed(part, scope, conv_cfg)
-            for name, part in cfg.items()
-            if name not in OTHER_PARTS
-        )
-    )
+def _is_in(name: str, path: str) -> bool:
+    """Whether a layer or a component is part of the one at ``path``."""
+    return not path or f'{name}.'.startswith(f'{path}.')
 
 
 def _is_replaced(cfg: Any) -> bool:

@@ -1,15 +1,24 @@
-"""Which files of a config's data sets are not on this machine."""
+"""What is wrong with the files of a config's data sets."""
 
+import contextlib
 import inspect
+import json
 import os.path as osp
+import traceback
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
+from .errors import UsageError
+
 # The folders that every pipeline reads. Others, such as that of the ground
 # truth, may be named and never looked at.
 IMAGE_PREFIXES = ('img', 'img_path')
+
+
+# What NumPy says to MMEngine, which joins the images that there are.
+NO_IMAGES = 'need at least one array to concatenate'
 
 
 class Missing(NamedTuple):
@@ -42,6 +51,99 @@ def missing_files(cfg: Config, *loaders: str) -> List[Missing]:
         for key, metric in _leaves(evaluator, cfg.get(evaluator)):
             missing += _of_metric(key, metric)
     return missing
+
+
+@contextlib.contextmanager
+def annotations_explained(dataset: dict):
+    """Raise UsageError where an annotation file is why a data set fails.
+
+    Args:
+        dataset (dict): The config of the data set.
+    """
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        reason = f'it is no JSON, or not all of it ({error})'
+    except AssertionError as error:
+        reason = str(error)
+    except ValueError as error:
+        if str(error) != NO_IMAGES:
+            raise
+        reason = (
+            'no image is left to train on, since none has an annotation of '
+            'one of the classes that metainfo=dict(classes=...) of the '
+            'data set names'
+        )
+    except (KeyError, TypeError) as error:
+        if not _in_annotations(error):
+            raise
+        reason = f'it lacks {error}, or something of another type is there'
+    else:
+        return
+    told = [
+        _annotation_file(part) + _categories(_annotation_file(part))
+        for _, part in _leaves('', dataset)
+    ]
+    raise UsageError(
+        f'{" or ".join(told) or "the training set"} cannot be used: {reason}. '
+        'Expected what the data set of the config reads, such as the JSON of '
+        'COCO. Make it again, or name another with --cfg-options '
+        'train_dataloader.dataset.ann_file=...'
+    )
+
+
+def _annotation_file(dataset: dict) -> str:
+    root = osp.expanduser(dataset.get('data_root') or '')
+    return osp.join(root, str(dataset.get('ann_file') or ''))
+
+
+def _names(path: str) -> List[str]:
+    """The categories of an annotation file in the form of COCO, or none."""
+    try:
+        with open(path) as file:
+            return [c['name'] for c in json.load(file)['categories']]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _categories(path: str) -> str:
+    names = ', '.join(map(repr, _names(path)[:20]))
+    return f' (its categories: {names})' if names else ''
+
+
+def _in_annotations(error: Exception) -> bool:
+    """Whether an error comes from reading annotations, not from a config."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    names = {frame.f_code.co_name for frame, _ in frames}
+    return bool(
+        names & {'load_data_list', 'parse_data_info', 'createIndex', 'COCO'}
+    )
+
+
+def problems_of_dataset(dataset: Any) -> Iterator[str]:
+    """What makes a data set, once built, lose images or classes silently.
+
+    Classes that the annotation file does not have also move the labels of
+    those that come after them, in MMDetection.
+    """
+    parts = getattr(dataset, 'datasets', None) or [
+        getattr(dataset, 'dataset', None)
+    ]
+    for part in parts:
+        if part is not None:
+            yield from problems_of_dataset(part)
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
+    found = getattr(dataset, 'cat_ids', None)
+    if found is not None and len(found) < len(classes):
+        names = set(classes).intersection(_names(dataset.ann_file))
+        absent = [repr(name) for name in classes if name not in names]
+        yield (
+            f'{dataset.ann_file} has no {", ".join(absent)}, {len(absent)} of '
+            f'the {len(classes)} classes of the config, so that MMDetection '
+            'gives the others the labels before theirs'
+            f'{_categories(dataset.ann_file)}. Write those to train on as '
+            'metainfo=dict(classes=(...)) of each data set.'
+        )
 
 
 def _leaves(key: str, cfg: Any) -> Iterator[Tuple[str, dict]]:

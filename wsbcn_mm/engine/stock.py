@@ -31,6 +31,7 @@ from ..stock_layers import (
     check_batch_affines,
     is_ours,
 )
+from .components import class_name
 from .config import unconverted
 
 BCN_TYPES = ('BCN', 'SyncBCN')
@@ -179,7 +180,9 @@ def _num_groups(norm_cfg: dict) -> int:
 
 
 def _name_of(cfg: Any):
-    return cfg.get('type') if isinstance(cfg, dict) else None
+    """The class that a config names, without a prefix or a path."""
+    named = isinstance(cfg, dict) and 'type' in cfg
+    return class_name(cfg['type']) if named else None
 
 
 def _our_types() -> set:
@@ -198,7 +201,7 @@ def _types(cfg: Any) -> set:
         return set().union(*map(_types, cfg))
     if not isinstance(cfg, dict):
         return set()
-    own = {cfg['type']} if isinstance(cfg.get('type'), str) else set()
+    own = {_name_of(cfg)} if isinstance(cfg.get('type'), str) else set()
     return own.union(*(_types(v) for v in cfg.values()))
 
 

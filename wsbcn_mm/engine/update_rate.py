@@ -6,7 +6,6 @@ from torch import nn
 
 from ..layers import BCN
 from ..layers._base import check_count
-from ..layers.batch_statistics import SharedBatchStatistics
 
 # Of the estimates where one forward is one step of at least so many images.
 RATE = 0.01
@@ -108,9 +107,7 @@ def rate_contradiction(
             or not _is_derived(layer.momentum)
         ):
             continue
-        sharing = shared or isinstance(
-            layer.batch_statistics, SharedBatchStatistics
-        )
+        sharing = shared or layer.is_synchronized
         per_gpu = batch_size * world_size if sharing else batch_size
         ratio = layer.momentum / update_rate(per_gpu, images)
         if not 1 / 1.5 <= ratio <= 1.5:

@@ -1,5 +1,6 @@
 """Batch-Channel Normalization: coefficients, their gradient, a forward."""
 
+import math
 from dataclasses import dataclass
 from typing import Optional, Tuple
 
@@ -14,6 +15,7 @@ from .coefficients import (
     large_batch_channel_coefficients,
 )
 from .engine import differentiable_backward, wants_graph
+from .gradient_statistics import Average, fitted, subtract_fit
 from .transforms import is_transformed
 from .vjp import vjp_of
 
@@ -99,6 +101,119 @@ class BatchChannelCoefficients:
 
 
 @dataclass(eq=False)
+class AveragedGradientCoefficients(BatchChannelCoefficients):
+    """Micro-batch coefficients with Batch Normalization's gradient.
+
+    The forward pass is that of :class:`BatchChannelCoefficients`. The
+    backward pass subtracts a fit to the last images from the gradient of the
+    input: see :mod:`wsbcn_mm.functional.gradient_statistics`.
+
+    Args:
+        average (Callable): Called in the backward pass with the statistics of
+            the call's images, shape (N, 4, C). Returns the statistics of all
+            images to fit to, shape (4, C). Kernels that fit by themselves use
+            its methods ``history`` and ``update`` instead, where its
+            attribute ``is_local`` is True.
+        length (int): Positions of an image.
+    """
+
+    average: Average
+    length: int
+
+    def __call__(
+        self, mean: Tensor, var: Tensor, *parameters: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        """``scale`` and ``shift``: batch weight and bias, weight and bias."""
+        constants = self._constants()
+        running_mean, running_var = _AveragedEstimates.apply(
+            mean,
+            var,
+            constants.pop('running_mean'),
+            constants.pop('running_var'),
+            self._fit(),
+        )
+        return batch_channel_coefficients(
+            mean,
+            var,
+            *parameters,
+            running_mean=running_mean,
+            running_var=running_var,
+            **constants,
+        )
+
+    def vjp(
+        self, mean: Tensor, var: Tensor, *parameters: Tensor
+    ) -> kernels.Gradient:
+        """``scale``, ``shift``, and from their gradients those of the rest."""
+        scale, shift, pull_back = super().vjp(mean, var, *parameters)
+        return scale, shift, fitted(pull_back, scale, mean, var, **self._fit())
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        *parameters: Tensor,
+    ) -> Optional[Tuple[Tensor, ...]]:
+        """The gradients of ``x`` and of the parameters, all at once.
+
+        None where no kernel does that for such an ``x``, or where the images
+        are those of several processes.
+        """
+        kernel = kernels.select(x)
+        if not (
+            getattr(kernel, 'averages_gradients', False)
+            and getattr(self.average, 'is_local', False)
+        ):
+            return None
+        return kernel.batch_channel_backward(
+            grad,
+            x,
+            mean,
+            var,
+            *parameters,
+            average=self.average,
+            **self._constants(),
+        )
+
+    def _fit(self) -> dict:
+        return dict(eps=self.eps, length=self.length, average=self.average)
+
+
+class _AveragedEstimates(torch.autograd.Function):
+    """Estimates for every image, with a gradient to its moments."""
+
+    @staticmethod
+    def forward(ctx, mean, var, running_mean, running_var, settings):
+        ctx.save_for_backward(mean, var, running_mean, running_var)
+        ctx.settings = settings
+        return tuple(
+            t.expand_as(mean).clone() for t in (running_mean, running_var)
+        )
+
+    @staticmethod
+    def backward(ctx, grad_running_mean, grad_running_var):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'BCN with grad_averaging has no gradient of its gradient '
+                '(create_graph=True): set grad_averaging=None'
+            )
+        mean, var, running_mean, running_var = ctx.saved_tensors
+        # Sums of g and of g * (x - mu), for it is (x - mu) / sigma.
+        grad_mean = -grad_running_mean
+        total = -2 * (running_var + ctx.settings['eps']) * grad_running_var
+        to_mean, to_var = subtract_fit(
+            grad_mean,
+            total - (mean - running_mean) * grad_mean,
+            mean,
+            var,
+            **ctx.settings,
+        )
+        return to_mean, to_var, None, None, None
+
+
+@dataclass(eq=False)
 class LargeBatchChannelCoefficients:
     r"""The same with the batch's own statistics, and gradients through them.
 
@@ -162,12 +277,37 @@ class LargeBatchChannelCoefficients:
         return scale, shift, pull_back
 
 
+def micro_batch_coefficients(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_groups: int,
+    eps: float,
+    average: Optional[Average] = None,
+    length: int = 1,
+) -> BatchChannelCoefficients:
+    """Coefficients with estimates, which may have an averaged gradient.
+
+    Args:
+        running_mean, running_var (Tensor): The estimates, shape (C,).
+        num_groups (int): Number of channel groups.
+        eps (float): Added to both variances.
+        average (Callable | None), length (int): See
+            :class:`AveragedGradientCoefficients`. Default: None, for estimates
+            that are constants.
+    """
+    constants = running_mean, running_var, num_groups, eps
+    if average is None:
+        return BatchChannelCoefficients(*constants)
+    return AveragedGradientCoefficients(*constants, average, length)
+
+
 def learn_and_normalize(
     x: Tensor,
     *parameters: Tensor,
     num_groups: int,
     eps: float,
     estimate: bool = True,
+    average: Optional[Average] = None,
     **estimates,
 ) -> Optional[Tensor]:
     """A training forward that moves estimates, all at once.
@@ -184,6 +324,7 @@ def learn_and_normalize(
             of the batch, as :class:`LargeBatchChannelCoefficients` does; then
             the estimate of the variance is moved towards the unbiased one.
             Default: True
+        average (Callable | None): See :class:`AveragedGradientCoefficients`.
         **estimates: ``running_mean``, ``running_var`` and ``count``, which
             are moved in place, and the ``momentum`` and ``annealing`` of
             :func:`rate_of_forward`.
@@ -203,7 +344,7 @@ def learn_and_normalize(
     settings = dict(num_groups=num_groups, eps=eps, estimate=estimate)
     if wants_graph(x, *parameters):
         result = _LearnAndNormalize.apply(
-            x, kernel, estimates, settings, *parameters
+            x, kernel, estimates, settings, average, *parameters
         )
     else:
         result, _ = kernel.batch_channel_forward(
@@ -217,12 +358,12 @@ def learn_and_normalize(
 
 class _LearnAndNormalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, kernel, estimates, settings, *parameters):
+    def forward(ctx, x, kernel, estimates, settings, average, *parameters):
         result, ctx.small = kernel.batch_channel_forward(
             x, *parameters, **estimates, **settings
         )
         ctx.save_for_backward(x, *parameters)
-        ctx.kernel, ctx.settings = kernel, settings
+        ctx.kernel, ctx.settings, ctx.average = kernel, settings, average
         return result
 
     @staticmethod
@@ -230,17 +371,27 @@ class _LearnAndNormalize(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         mean, var, used_mean, used_var = ctx.small
         settings = ctx.settings
+        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+        constants = settings['num_groups'], settings['eps']
+        if settings['estimate']:
+            coefficients = micro_batch_coefficients(
+                used_mean,
+                used_var,
+                *constants,
+                ctx.average,
+                max(math.prod(x.shape[2:]), 1),
+            )
+        else:
+            coefficients = LargeBatchChannelCoefficients(*constants)
         if torch.is_grad_enabled():  # create_graph: a gradient of gradients
-            wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
-            constants = settings['num_groups'], settings['eps']
-            if settings['estimate']:
-                coefficients = BatchChannelCoefficients(
-                    used_mean, used_var, *constants
-                )
-            else:
-                coefficients = LargeBatchChannelCoefficients(*constants)
             grads = differentiable_backward(
                 grad, x, parameters, coefficients, wanted
+            )
+        elif ctx.average is not None:
+            mean, var = (t.view(x.shape[:2]) for t in (mean, var))
+            scale, _, pull_back = coefficients.vjp(mean, var, *parameters)
+            grads = kernels.backward(
+                ctx.kernel, grad, x, mean, scale, pull_back, wanted[0]
             )
         else:
             grads = ctx.kernel.batch_channel_backward(
@@ -253,4 +404,4 @@ class _LearnAndNormalize(torch.autograd.Function):
                 running_var=used_var,
                 **settings,
             )
-        return grads[0], None, None, None, *grads[1:]
+        return grads[0], None, None, None, None, *grads[1:]

@@ -2,6 +2,10 @@
 
 Each takes the moments ``mean`` and ``var``, shape (N, C), first and returns
 ``scale`` and ``shift`` for ``(x - mean) * scale + shift``.
+
+They divide by a square root. With ``rsqrt``, which ONNX writes as 1 / sqrt, a
+fusion of onnxruntime (DivMulFusion, 1.16 to 1.23) loses a weight that is
+equal to another layer's.
 """
 
 from typing import Callable, Optional, Tuple, Union
@@ -97,12 +101,15 @@ def group_coefficients(
         num_groups (int): Number of groups.
         eps (float): Added to the variance.
     """
-    grouped = mean.unflatten(1, (num_groups, -1))  # (N, G, C / G)
+    # Not unflatten, which ONNX's opset 11, that of MMDeploy, has not.
+    channels = mean.shape[1] // num_groups
+    shape = (mean.shape[0], num_groups, channels)
+    grouped = mean.view(shape)
     group_mean = grouped.mean(2, keepdim=True)
     centered = grouped - group_mean
-    group_var = var.unflatten(1, (num_groups, -1)).mean(2, keepdim=True)
+    group_var = var.view(shape).mean(2, keepdim=True)
     group_var = group_var + centered.square().mean(2, keepdim=True)
-    scale = weight.view(num_groups, -1) * (group_var + eps).rsqrt()
+    scale = weight.view(num_groups, -1) / (group_var + eps).sqrt()
     shift = centered * scale + bias.view(num_groups, -1)
     return scale.expand_as(centered).flatten(1), shift.flatten(1)
 
@@ -134,7 +141,7 @@ def batch_channel_coefficients(
         num_groups (int): Number of channel groups.
         eps (float): Added to both variances.
     """
-    batch_scale = batch_weight * (running_var + eps).rsqrt()
+    batch_scale = batch_weight / (running_var + eps).sqrt()
     scale, shift = group_coefficients(
         (mean - running_mean) * batch_scale + batch_bias,
         batch_scale.square() * var,
@@ -193,7 +200,7 @@ def batch_group_coefficients(
     group_mean, group_var = group_statistics(
         *statistics(mean, var), num_groups=num_groups
     )
-    scale = weight * _per_channel((group_var + eps).rsqrt(), mean)
+    scale = weight / _per_channel((group_var + eps).sqrt(), mean)
     shift = (mean - _per_channel(group_mean, mean)) * scale + bias
     return scale.expand_as(mean), shift
 

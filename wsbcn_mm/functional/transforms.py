@@ -5,6 +5,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+def is_functorch(tensor: Tensor) -> bool:
+    """Whether a ``torch.func`` transform follows what is done to a tensor."""
+    return not torch.compiler.is_compiling() and _is_wrapped(tensor)
+
+
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether something follows the operations, besides autograd.
 

@@ -1,10 +1,12 @@
 """The modules, registered in mmengine's root registry."""
 
+from . import replacement  # noqa: F401  hooks into the registration of modules
 from .bcn import BCN
 from .bgn import BGN
 from .cen_conv import CenConv
 from .conv_wn import ConvCWN, ConvWN
 from .conv_ws import ConvWS, ConvWS1d, ConvWS3d
+from .gradient_averaging import set_loss_scale
 from .mabn import MABN
 from .sync_bcn import SyncBCN
 
@@ -19,4 +21,5 @@ __all__ = [
     'ConvWS1d',
     'ConvWS3d',
     'SyncBCN',
+    'set_loss_scale',
 ]

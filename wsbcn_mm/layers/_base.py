@@ -1,13 +1,17 @@
-"""What every normalization layer here shares: checks, and loading."""
+"""What every normalization layer here shares."""
 
 import numbers
-from typing import Optional
+import re
+import sys
+from typing import Optional, Tuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .batch_statistics import BatchStatistics
+from ..functional.kernels import statistics_dtype
 from .checkpoint_names import CheckpointNames
+from .fusion import GuardedParameters
 
 
 def check_count(layer: str, name: str, value) -> int:
@@ -64,6 +68,9 @@ def largest_divisor(num_features: int, num_groups: int) -> int:
     )
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread.
 
@@ -75,29 +82,160 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class NormBase(CheckpointNames, nn.GroupNorm):
+class NormBase(GuardedParameters, CheckpointNames, nn.BatchNorm2d):
     """Base of the normalization layers.
 
-    A GroupNorm to the ecosystem: the one class that every rule (weight
-    decay, initialization) takes for a normalization and that none rewrites,
-    as ``fuse_conv_bn`` and ``convert_sync_batchnorm`` rewrite a
-    ``_BatchNorm``.
+    A layer is a ``BatchNorm2d`` (of 3 to 5 dimensions), so whatever finds
+    the Batch Normalizations of a network and acts on them acts on it:
+
+    - ``eval()``, as ``norm_eval=True`` calls it, and
+      ``track_running_stats = False`` stop the running statistics; so does
+      ``momentum = 0``.
+    - ``requires_grad = False`` freezes its parameters;
+      ``reset_running_stats()`` forgets its running statistics.
+    - ``SyncBatchNorm.convert_sync_batchnorm`` shares its batches between
+      processes, and a frozen Batch Normalization in its place freezes it:
+      see :mod:`.replacement`.
+    - Code that folds a Batch Normalization into a convolution is refused:
+      see :mod:`.fusion`.
+
+    Args:
+        num_features (int): Number of channels C.
+        eps (float): Added to variances.
+        momentum (float | None): See the layer.
+
+    Attributes:
+        statistics (tuple[str]): The buffers that are float32 at least.
+        is_synchronized (bool): Whether processes share their batches.
+        process_group (ProcessGroup | None): Which processes; None for all.
+        is_frozen (bool): Whether ``train()`` leaves the layer in evaluation
+            mode.
     """
 
-    def __init__(self, num_features: int, num_groups: int, eps: float):
-        name = type(self).__name__
-        num_features = check_count(name, 'num_features', num_features)
-        super().__init__(
-            num_groups, num_features, check_eps(name, eps), affine=False
-        )
-        self.num_features = num_features
-        self.affine = True
+    guarded = ('weight', 'bias', 'running_mean', 'running_var')
+    statistics: Tuple[str, ...] = ('running_mean', 'running_var')
 
-    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
-        # The way of convert_sync_batchnorm and of revert_sync_batchnorm.
-        if name == 'batch_statistics':
-            module = BatchStatistics.in_place_of(module)
-        super().add_module(name, module)
+    def __init__(self, num_features: int, eps: float, momentum):
+        name = type(self).__name__
+        super().__init__(
+            check_count(name, 'num_features', num_features),
+            check_eps(name, eps),
+            momentum,
+            affine=False,
+            track_running_stats=False,
+        )
+        self.track_running_stats = True
+        self.is_synchronized = self.is_frozen = False
+        self.process_group = None
+
+    def _register_statistic(self, name: str, *size: int, device, dtype):
+        dtype = statistics_dtype(dtype or torch.get_default_dtype())
+        buffer = torch.empty(*size, device=device, dtype=dtype)
+        self.register_buffer(name, buffer)
+
+    @property
+    def affine(self) -> bool:
+        """True, to all but a tool that would convert this layer alone.
+
+        In a network such a tool is seen when it puts a layer in this one's
+        place; a layer by itself it would replace without a word.
+        """
+        frame = sys._getframe(1)
+        code, caller = frame.f_code, frame.f_back
+        if re.search('convert|freeze', code.co_name) and (
+            caller is None or caller.f_code is not code
+        ):
+            raise RuntimeError(
+                f'{code.co_name}() would make another layer of a '
+                f'{type(self).__name__} that is in no network. Convert the '
+                'network that has it, or call synchronize() or freeze() on '
+                'the layer.'
+            )
+        return True
+
+    @affine.setter
+    def affine(self, value: bool) -> None:
+        """The constructor of BatchNorm2d has its say."""
+
+    @property
+    def momentum(self) -> Optional[float]:
+        return self.__dict__['_momentum']
+
+    @momentum.setter
+    def momentum(self, value: Optional[float]) -> None:
+        if '_momentum' in self.__dict__:
+            self.check_new_momentum(value)
+        self.__dict__['_momentum'] = value
+
+    def check_new_momentum(self, momentum: Optional[float]) -> None:
+        """Raise if setting it would do something else than to a BN."""
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether a forward now moves the running statistics."""
+        return (
+            self.training
+            and self.track_running_stats
+            and self.momentum != 0
+            and not in_backward()
+        )
+
+    def train(self, mode: bool = True):
+        return super().train(mode and not self.is_frozen)
+
+    def freeze(self) -> None:
+        """Stay in evaluation mode, and train no parameter any more."""
+        self.is_frozen = True
+        self.eval()
+        self.requires_grad_(False)
+
+    def synchronize(self, process_group=None) -> None:
+        """Share every batch with other processes from now on.
+
+        Args:
+            process_group (ProcessGroup | None): Which. Default: None, all.
+        """
+        is_default = dist.is_available() and process_group is dist.group.WORLD
+        self.is_synchronized = True
+        # None says the same of the default group, and can be pickled.
+        self.process_group = None if is_default else process_group
+
+    def __setattr__(self, name: str, value) -> None:
+        if (
+            value is None
+            and name in self.statistics
+            and self._buffers.get(name) is not None
+        ):
+            raise RuntimeError(
+                f'{type(self).__name__}: {name} is being removed, as '
+                'torch.func.replace_all_batch_norm_modules_ does, but this '
+                'layer normalizes with it. Use eval(), by which it stays as '
+                'it is, or another normalization.'
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn, *args, **kwargs):
+        before = {name: self._buffers[name] for name in self.statistics}
+        super()._apply(fn, *args, **kwargs)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new.dtype in HALF:
+                self._buffers[name] = old.to(new.device)
+        self.widen_statistics()
+        return self
+
+    def widen_statistics(self) -> None:
+        """Keep running statistics in float32 in a model of half precision.
+
+        An update of a bfloat16 number by less than 1/512 of it is lost.
+        """
+        for name in self.statistics:
+            if self._buffers[name].dtype in HALF:
+                self._buffers[name] = self._buffers[name].float()
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self.widen_statistics()  # assign=True puts in what it found
 
     def check_input(self, x: Tensor) -> None:
         """Raise unless ``x`` is what this layer normalizes."""
@@ -135,5 +273,10 @@ class NormBase(CheckpointNames, nn.GroupNorm):
                 f'{advice}'
             )
 
-    def extra_repr(self) -> str:
-        return f'{self.num_features}, eps={self.eps}'
+    def __repr__(self) -> str:
+        notes = [
+            word
+            for word in ('synchronized', 'frozen')
+            if getattr(self, f'is_{word}')
+        ]
+        return ', '.join([super().__repr__(), *notes])

@@ -1,7 +1,7 @@
 """What convolutions with a function of their weight share."""
 
 import weakref
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,10 @@ from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..functional import SharedWeight, is_transformed
+from .fusion import GuardedParameters
+
+# The advice of the constructor, by which others know its error.
+PLAIN_CONVOLUTION = 'Use a plain convolution here'
 
 _optimizer_steps = 0
 
@@ -22,23 +26,6 @@ def _count_optimizer_step(*_) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
-def _is_rescaled(old: Optional[Tensor], new: Tensor) -> bool:
-    """Whether each filter is a multiple of the old one, not all the same.
-
-    One factor for all, but for the rounding of a cast, is no normalization's.
-    """
-    if old is None or old.is_meta or new.is_meta or old.shape != new.shape:
-        return False
-    old, new = (t.detach().double().cpu().flatten(1) for t in (old, new))
-    products = (old * new).sum(1, keepdim=True)
-    factors = products / old.square().sum(1, keepdim=True)
-    least, most = factors.aminmax()
-    are_several = bool(most - least > 1e-3 * factors.abs().max())
-    return are_several and torch.allclose(
-        new, factors * old, rtol=1e-3, atol=1e-9
-    )
-
-
 def _are_plain(tensors: Tuple[Tensor, ...]) -> bool:
     """Whether all have the memory and the version of a parameter."""
     for t in tensors:
@@ -48,7 +35,7 @@ def _are_plain(tensors: Tuple[Tensor, ...]) -> bool:
     return True
 
 
-class ConvBase:
+class ConvBase(GuardedParameters):
     """Mixin for a convolution that is done with a function of its weight.
 
     The function is computed once where it can be: in training for the calls of
@@ -70,14 +57,17 @@ class ConvBase:
 
     min_fan_in = 2
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, device=None, dtype=None, **kwargs):
+        for name, value in (('device', device), ('dtype', dtype)):
+            if value is not None:
+                kwargs[name] = value
         super().__init__(*args, **kwargs)
         if self.weight[0].numel() < self.min_fan_in:
             raise ValueError(
                 f'{type(self).__name__}: nothing would be left of a filter '
                 f'of one weight; got in_channels={self.in_channels}, '
-                f'groups={self.groups}, kernel_size={self.kernel_size}. Use '
-                'a plain convolution here.'
+                f'groups={self.groups}, kernel_size={self.kernel_size}. '
+                f'{PLAIN_CONVOLUTION}.'
             )
 
     def weight_function(
@@ -132,18 +122,16 @@ class ConvBase:
         return self._conv_forward(x, self.standardized_weight(), self.bias)
 
     def register_parameter(self, name: str, param) -> None:
-        # fuse_conv_bn gives the convolution a bias, and a scale that the
-        # function of the weight would take out again: wrong outputs.
-        old = self._parameters.get(name)
-        if param is not None and (
-            (name == 'bias' and name in self._parameters and old is None)
-            or (name == 'weight' and _is_rescaled(old, param))
-        ):
+        # Fusion gives the convolution a bias, and a scale that the function
+        # of the weight would take out again: wrong outputs.
+        is_new = name == 'bias' and self._parameters.get(name, 1) is None
+        if is_new and param is not None:
             raise RuntimeError(
-                f'{type(self).__name__}: a normalization is being fused into '
-                'the raw weight of this convolution, which standardizes its '
-                'weight: the outputs would be wrong. Load the model again and '
-                'use wsbcn_mm.fold_for_inference(model) instead.'
+                f'{type(self).__name__}: a bias is being added, as where a '
+                'normalization is fused into a convolution. This one '
+                'standardizes its weight, so the outputs would be wrong. Use '
+                'wsbcn_mm.fold_for_inference(model) instead, or build the '
+                'convolution with bias=True.'
             )
         super().register_parameter(name, param)
 

@@ -2,7 +2,7 @@
 
 import math
 from functools import cached_property
-from typing import Optional, Tuple, Union
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,6 @@ from ..functional import (
     moments_from_statistics,
     wants_graph,
 )
-from .batch_statistics import SharedBatchStatistics
 
 
 def _positions(x: Tensor) -> int:
@@ -28,6 +27,7 @@ class Batch:
     """
 
     def __init__(self, x: Tensor):
+        self.num_samples = len(x)
         self.num_positions = _positions(x)
 
     @property
@@ -49,6 +49,19 @@ class Batch:
     def sum(self, value: Tensor) -> Tensor:
         """A sum over the batch, from this process's share of it."""
         return value
+
+    def pool(self, statistics: Tensor, pooled: Callable) -> Tensor:
+        """Statistics of the batch, from those of this process's samples.
+
+        Args:
+            statistics (Tensor): Of each sample, shape (N, *).
+            pooled (Callable): From statistics and the shares of their
+                samples, which sum to 1, to those of all.
+        """
+        if len(statistics) == 1:
+            return statistics[0]
+        share = statistics.new_full((len(statistics),), 1 / len(statistics))
+        return pooled(statistics, share)
 
 
 class SharedBatch:
@@ -79,9 +92,11 @@ class SharedBatch:
         dist.all_gather(list(every.unbind()), local, group=group)
         counts, *moments = every.split([2, *mean.shape[1:] * 2], dim=1)
         samples, positions = counts.sum(0).unbind()
+        self.num_samples = samples.clamp(min=1)
         self.statistics = SharedStatistics(
-            *moments, counts[:, :1], samples.clamp(min=1), group
+            *moments, counts[:, :1], self.num_samples, group
         )
+        self._shares = counts[:, 0] / self.num_samples
         self.num_positions = positions
         self.is_filled = samples > 0
 
@@ -99,6 +114,16 @@ class SharedBatch:
         value = value.clone()
         dist.all_reduce(value, group=self._group)
         return value
+
+    def pool(self, statistics: Tensor, pooled: Callable) -> Tensor:
+        """Statistics of the batch, from those of this process's samples."""
+        if len(statistics):
+            local = Batch.pool(self, statistics, pooled)
+        else:
+            local = statistics.sum(0)
+        every = local.new_empty(len(self._shares), *local.shape)
+        dist.all_gather(list(every.unbind()), local, group=self._group)
+        return pooled(every, self._shares)
 
 
 def _of_process(mean: Tensor, var: Tensor) -> Tuple[Tensor, Tensor]:
@@ -183,33 +208,29 @@ class _Gathered(torch.autograd.Function):
         return mean, var, None, None, None
 
 
-def shared_group(switch: nn.Module):
-    """The processes that a layer shares its batches with, or None.
-
-    Args:
-        switch (nn.Module): The layer's ``batch_statistics``.
-    """
+def shared_group(layer: nn.Module):
+    """The processes that a layer shares its batches with, or None."""
     if (
-        not isinstance(switch, SharedBatchStatistics)
+        not layer.is_synchronized
         or not dist.is_available()
         or not dist.is_initialized()
     ):
         return None
-    group = switch.process_group or dist.group.WORLD
+    group = layer.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 
 
 def batch_of(
-    switch: nn.Module, x: Tensor, mean: Tensor, var: Tensor
+    layer: nn.Module, x: Tensor, mean: Tensor, var: Tensor
 ) -> Union[Batch, SharedBatch, None]:
     """The batch to take statistics over, or None where there is none.
 
     Args:
-        switch (nn.Module): The layer's ``batch_statistics``.
+        layer (NormBase): The layer.
         x (Tensor): Activations.
         mean, var (Tensor): Their moments.
     """
-    group = shared_group(switch)
+    group = shared_group(layer)
     if group is not None:
         return SharedBatch(x, mean, var, group)
     return Batch(x) if x.numel() else None

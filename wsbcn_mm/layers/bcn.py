@@ -1,14 +1,15 @@
+import math
 import warnings
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import (
-    BatchChannelCoefficients,
     LargeBatchChannelCoefficients,
     learn_and_normalize,
+    micro_batch_coefficients,
     moments,
     normalize,
 )
@@ -16,17 +17,16 @@ from ._base import (
     NormBase,
     check_count,
     check_momentum,
-    in_backward,
     largest_divisor,
 )
 from .batch import Batch, batch_of, shared_group
-from .batch_statistics import BatchStatistics
 from .checkpoint_layouts import translate_to_bcn
+from .gradient_averaging import GradientAveraging, check_grad_averaging
 from .running_statistics import RunningStatistics
 
 
 @MODELS.register_module(name='BCN', force=True)
-class BCN(RunningStatistics, NormBase):
+class BCN(GradientAveraging, RunningStatistics, NormBase):
     r"""Batch-Channel Normalization, for batches of any size down to one image.
 
     A channel is normalized first with batch statistics, then, together with
@@ -45,6 +45,21 @@ class BCN(RunningStatistics, NormBase):
     variance in training, and running averages in evaluation, as in
     :class:`torch.nn.BatchNorm2d`.
 
+    With ``grad_averaging`` the gradient through estimates is Batch
+    Normalization's, over the images that the layer saw lately. With g the
+    gradient that constant estimates would give,
+
+    .. math::
+        \frac{\partial L}{\partial x} = g - \alpha - \beta x, \qquad
+        \beta = \frac{\mathrm{cov}(g, x)}{\mathrm{var}(x) + \epsilon},
+        \qquad \alpha = \mathrm{mean}(g) - \beta\, \mathrm{mean}(x)
+
+    where mean, variance and covariance of a channel are over the last images
+    and the present ones. So the gradient has no part along a shift or a
+    scaling of the channel in these images, however far behind the estimates
+    are. With the images of a batch, and estimates equal to its statistics,
+    it is the gradient of ``estimate=False``.
+
     From `Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization <https://arxiv.org/abs/1903.10520>`_. Use it with
     :class:`ConvWS`. Not to be confused with the layer of the same name in
@@ -57,13 +72,14 @@ class BCN(RunningStatistics, NormBase):
             channel a group, of which the constructor warns, the second step
             is instance normalization. Default: 32
         eps (float): Added to both variances. Default: 1e-5
-        momentum (float | None): The update rate r, applied once a training
-            forward. A memory of about ``images / r`` images follows from it,
-            and it is what should stay fixed: ``r = 0.01 * images per forward /
-            max(images per optimizer step, 16)`` is a good choice
-            (:func:`update_rate`), annealed. The default is that of 1 or 2
-            images of 16. None: the cumulative average of all forwards.
-            Default: 0.001
+        momentum (float | str | None): The update rate r, applied once a
+            training forward. A memory of about ``images / r`` images follows
+            from it, and it is what should stay fixed: ``r = 0.01 * images per
+            forward / max(images per optimizer step, 16)`` is a good choice
+            (:func:`update_rate`), annealed. None: the cumulative average of
+            all forwards. Default: ``'auto'``, 0.001 (that of 1 or 2 images
+            of 16), and 0.1 with ``estimate=False``, as in
+            :class:`torch.nn.BatchNorm2d`
         estimate (bool): Whether to normalize with estimates (micro-batch)
             rather than with the batch's own statistics. Default: True
         channel_affine (str): ``'group'`` for one pair :math:`\gamma,
@@ -78,12 +94,22 @@ class BCN(RunningStatistics, NormBase):
             rate r does in 1 / r forwards. ``micro_batch_model`` and
             ``convert_to_micro_batch`` choose it along with the rate. Loaded
             estimates go on where they were. Default: False
+        grad_averaging (int | float | None): Which images the gradient through
+            the estimates is over, in training mode with ``estimate=True``. An
+            int K: the last K. A float q between 0 and 1: all of them,
+            averaged exponentially at the rate q of an image. Default: None,
+            for estimates that are constants
 
     Attributes:
         weight, bias (Parameter): :math:`\gamma, \beta`, the output affine.
         batch_weight, batch_bias (Parameter): :math:`\gamma^b, \beta^b`.
         running_mean, running_var (Tensor): :math:`\mu, \sigma^2`.
         num_batches_tracked (Tensor): Number of training forwards.
+        grad_statistics (Tensor): What ``grad_averaging`` remembers: mean and
+            variance of x, mean of g and covariance, of the last calls, shape
+            (K - 1, 4, C), or of all, shape (1, 4, C).
+        grad_images (Tensor): How many images had come after each call.
+        loss_scale (float | Tensor | None): See :func:`set_loss_scale`.
 
     Shape:
         - Input: :math:`(N, C, *)`, 3 to 5 dimensions; float64, float32,
@@ -95,6 +121,15 @@ class BCN(RunningStatistics, NormBase):
             number of channels or of dimensions, or in training with
             ``estimate=False`` if a channel has a single value over the batch.
         TypeError: If an argument or the input is of another type.
+        RuntimeError: With ``grad_averaging``, for a gradient of a gradient
+            or a ``torch.func`` transform in training mode.
+
+    .. note::
+        ``grad_averaging`` takes calls in the order of their backward passes,
+        and every call counts the same, of however many images. A call with an
+        infinite or NaN gradient leaves nothing behind, nor does one without
+        images or without a backward pass. The forward of activation
+        checkpointing that is done again is no call of its own.
 
     Example:
         >>> norm = BCN(64, momentum=0.01 / 16, momentum_annealing=True)
@@ -109,10 +144,11 @@ class BCN(RunningStatistics, NormBase):
         num_features: int,
         num_groups: int = 32,
         eps: float = 1e-5,
-        momentum: Optional[float] = 0.001,
+        momentum: Union[float, str, None] = 'auto',
         estimate: bool = True,
         channel_affine: str = 'group',
         momentum_annealing: bool = False,
+        grad_averaging: Union[int, float, None] = None,
         device=None,
         dtype=None,
     ):
@@ -133,9 +169,10 @@ class BCN(RunningStatistics, NormBase):
                     f'{name}: {argument} must be True or False, got '
                     f'{value!r} ({type(value).__name__})'
                 )
-        super().__init__(
-            num_features, largest_divisor(num_features, num_groups), eps
-        )
+        if momentum == 'auto':
+            momentum = 0.001 if estimate else 0.1
+        super().__init__(num_features, eps, check_momentum(name, momentum))
+        self.num_groups = largest_divisor(num_features, num_groups)
         if self.num_groups == num_features > 1:
             warnings.warn(
                 f'{name}({num_features}, num_groups={num_groups}) has one '
@@ -145,7 +182,6 @@ class BCN(RunningStatistics, NormBase):
                 f'{num_features // 2}).',
                 stacklevel=2,
             )
-        self.momentum = check_momentum(name, momentum)
         self.estimate = estimate
         self.channel_affine = channel_affine
         self.momentum_annealing = momentum_annealing
@@ -156,55 +192,89 @@ class BCN(RunningStatistics, NormBase):
         self.batch_weight = nn.Parameter(torch.empty(num_features, **factory))
         self.batch_bias = nn.Parameter(torch.empty(num_features, **factory))
         self._register_estimates(num_features, **factory)
-        self.batch_statistics = BatchStatistics()
+        grad_averaging = check_grad_averaging(name, grad_averaging)
+        if grad_averaging is not None and not estimate:
+            raise ValueError(
+                f'{name}: grad_averaging={grad_averaging} is for '
+                'estimate=True; with estimate=False the gradient is that of '
+                "the batch's own statistics"
+            )
+        self._register_grad_statistics(grad_averaging, num_features, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Forget everything: unit scales, zero shifts, no estimates."""
-        if not hasattr(self, 'batch_weight'):
-            return  # GroupNorm's constructor, which has nothing to reset
+        if self.num_batches_tracked is None:
+            return  # BatchNorm2d's constructor, which has nothing to reset
         for weight in (self.weight, self.batch_weight):
             nn.init.ones_(weight)
         for bias in (self.bias, self.batch_bias):
             nn.init.zeros_(bias)
         self.reset_running_stats()
 
+    def check_new_momentum(self, momentum: Optional[float]) -> None:
+        if momentum == 1 and self.estimate:
+            raise RuntimeError(
+                f'{type(self).__name__}: momentum is being set to 1, as '
+                'PreciseBNHook does, by which an image would be normalized '
+                'with its own statistics alone. To measure the estimates anew '
+                'use CalibrateEstimatesHook, or momentum=None, the average of '
+                'all forwards.'
+            )
+
+    def _affines(self) -> Tuple[Tensor, ...]:
+        """Both affines; what is frozen of the output's is so of the batch's.
+
+        Tools that freeze a Batch Normalization know ``weight`` and ``bias``.
+        """
+        weight, bias = self.weight, self.bias
+        batch_weight, batch_bias = self.batch_weight, self.batch_bias
+        if not weight.requires_grad and batch_weight.requires_grad:
+            batch_weight = batch_weight.detach()
+        if not bias.requires_grad and batch_bias.requires_grad:
+            batch_bias = batch_bias.detach()
+        return batch_weight, batch_bias, weight, bias
+
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         settings = dict(num_groups=self.num_groups, eps=self.eps)
-        parameters = self.batch_weight, self.batch_bias, self.weight, self.bias
-        switch = self.batch_statistics
-        tracking = self.training and switch.training
-        learning = tracking and not in_backward()
-        if tracking and shared_group(switch) is None:
-            if not self.estimate:
-                advice = 'Use several samples, or estimate=True.'
-                self.check_batch(Batch(x), x, 1, 'channel', advice)
-            if learning:
-                y = learn_and_normalize(
-                    x,
-                    *parameters,
-                    running_mean=self.running_mean,
-                    running_var=self.running_var,
-                    estimate=self.estimate,
-                    **self._rate(),
-                    **settings,
-                )
-                if y is not None:
-                    return y
+        parameters = self._affines()
+        learning = self.is_learning
+        if learning:
+            self.widen_statistics()
+        of_batch = self.training and not self.estimate
+        if of_batch and not self.is_synchronized:
+            advice = 'Use several samples, or estimate=True.'
+            self.check_batch(Batch(x), x, 1, 'channel', advice)
+        if learning and shared_group(self) is None:
+            y = learn_and_normalize(
+                x,
+                *parameters,
+                average=self._grad_average(x, Batch(x)),
+                running_mean=self.running_mean,
+                running_var=self.running_var,
+                estimate=self.estimate,
+                **self._rate(),
+                **settings,
+            )
+            if y is not None:
+                return y
         mean, var = moments(x)
         batch = coefficients = estimates = None
-        if learning or (tracking and not self.estimate):
-            batch = batch_of(switch, x, mean, var)
+        if learning or of_batch or self.is_fitting:
+            batch = batch_of(self, x, mean, var)
         if batch and learning:
             estimates = self._update(batch, mean, var)
-        if batch and not self.estimate:
+        if batch and of_batch:
             coefficients = LargeBatchChannelCoefficients(
                 statistics=batch.statistics, **settings
             )
         if coefficients is None:
-            coefficients = BatchChannelCoefficients(
-                *(estimates or self._estimates(mean.dtype)), **settings
+            coefficients = micro_batch_coefficients(
+                *(estimates or self._estimates(mean.dtype)),
+                average=self._grad_average(x, batch),
+                length=max(math.prod(x.shape[2:]), 1),
+                **settings,
             )
         return normalize(x, mean, var, coefficients, *parameters)
 
@@ -230,9 +300,15 @@ class BCN(RunningStatistics, NormBase):
             f'estimate={self.estimate}, '
             f'channel_affine={self.channel_affine!r}, '
             f'momentum_annealing={self.momentum_annealing}'
+            + (
+                f', grad_averaging={self.grad_averaging}'
+                if self.grad_averaging is not None
+                else ''
+            )
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         translate_to_bcn(self, state_dict, prefix)
+        self._fit_grad_statistics(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._trust_estimates()

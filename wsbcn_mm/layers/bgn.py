@@ -14,9 +14,8 @@ from ..functional import (
     normalize,
 )
 from ..functional.kernels import statistics_dtype
-from ._base import NormBase, check_count, check_momentum, in_backward
+from ._base import NormBase, check_count, check_momentum
 from .batch import batch_of
-from .batch_statistics import BatchStatistics
 from .running_statistics import RunningStatistics
 
 
@@ -87,20 +86,18 @@ class BGN(RunningStatistics, NormBase):
         dtype=None,
     ):
         name = type(self).__name__
-        super().__init__(num_features, 1, eps)
+        super().__init__(num_features, eps, check_momentum(name, momentum))
         self.num_groups = check_count(name, 'num_groups', num_groups)
-        self.momentum = check_momentum(name, momentum)
         factory = dict(device=device, dtype=dtype)
         self.weight = nn.Parameter(torch.empty(self.num_features, **factory))
         self.bias = nn.Parameter(torch.empty(self.num_features, **factory))
         self._register_estimates(self.num_groups, **factory)
-        self.batch_statistics = BatchStatistics()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Forget everything: unit scale, zero shift, no averages."""
-        if not hasattr(self, 'batch_statistics'):
-            return  # GroupNorm's constructor, which has nothing to reset
+        if self.num_batches_tracked is None:
+            return  # BatchNorm2d's constructor, which has nothing to reset
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
         self.reset_running_stats()
@@ -155,13 +152,13 @@ class BGN(RunningStatistics, NormBase):
     def _normalize(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Normalize with runs that are groups of the channels of ``x``."""
         per_group = x.shape[1] // self.num_groups
-        if self.training and self.batch_statistics.training:
+        if self.training:
             mean, var = moments(x)
-            batch = batch_of(self.batch_statistics, x, mean, var)
+            batch = batch_of(self, x, mean, var)
             if batch:
                 advice = 'Use fewer groups, or several samples.'
                 self.check_batch(batch, x, per_group, 'run', advice)
-                if not in_backward():
+                if self.is_learning:
                     self._update(batch, mean, var, per_group)
                 return normalize(
                     x,
@@ -185,6 +182,7 @@ class BGN(RunningStatistics, NormBase):
     @torch.no_grad()
     def _update(self, batch, mean: Tensor, var: Tensor, per_group: int):
         """Move the running averages towards a batch's statistics."""
+        self.widen_statistics()
         mean, var = group_statistics(
             *batch.statistics(mean, var), num_groups=self.num_groups
         )

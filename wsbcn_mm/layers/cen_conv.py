@@ -22,7 +22,8 @@ class CenConv(ConvBase, nn.Conv2d):
     state dict of its authors' layer, as that of a plain convolution.
 
     Args:
-        *args, **kwargs: Those of :class:`torch.nn.Conv2d`.
+        *args: Positional arguments of :class:`torch.nn.Conv2d`.
+        **kwargs: Its keyword arguments.
 
     Shape:
         - Input: :math:`(N, C_{in}, H, W)`

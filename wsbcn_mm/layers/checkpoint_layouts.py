@@ -1,6 +1,6 @@
 """Read other normalizations' checkpoints as BCN's."""
 
-from typing import Dict
+from typing import Dict, Optional
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from .checkpoint_report import current_report
 
 ESTIMATES = ('running_mean', 'running_var')
 AFFINE = ('weight', 'bias')
+AUTHORS_PARTS = ('bn', 'pbn')  # what the authors call the batch part
 AFFINE_AVERAGED = (
     'A checkpoint with one output affine for each channel is loaded into BCN '
     "with channel_affine='group': the affines of a group are averaged, so "
@@ -23,10 +24,35 @@ FROZEN = (
 )
 
 
+def authors_weight_function(state_dict: Dict[str, Tensor]) -> Optional[dict]:
+    """Return how the authors' code standardized the weights of a checkpoint.
+
+    Their ImageNet code adds eps inside the square root, their DeepLabV3 code
+    outside: ``imagenet/models/layers.py`` and ``DeepLabV3/deeplab.py`` in
+    https://github.com/joe-siyuan-qiao/Batch-Channel-Normalization.
+
+    Args:
+        state_dict (dict[str, Tensor]): A whole checkpoint.
+
+    Returns:
+        dict | None: The function's name and settings; None for one that
+        is not of that code.
+    """
+    if not any(key.endswith('pbn.running_mean') for key in state_dict):
+        return None
+    is_deeplab = any('aspp' in key for key in state_dict)
+    return dict(
+        function='standardize_weight', eps=1e-5, eps_inside_sqrt=not is_deeplab
+    )
+
+
 def translate_to_bcn(layer, state_dict: Dict[str, Tensor], prefix: str):
     """Rewrite a layer's part of a checkpoint in place.
 
-    Understood are the authors' BCN, and BN, BGN, MABN and GN.
+    Understood are the authors' BCN, and BN, BGN, MABN and GN. The authors
+    call the batch part ``bn`` in one release and ``pbn`` in their ImageNet
+    and DeepLabV3 code (https://github.com/joe-siyuan-qiao/
+    Batch-Channel-Normalization).
 
     Args:
         layer (BCN): The layer that is to load it.
@@ -39,8 +65,11 @@ def translate_to_bcn(layer, state_dict: Dict[str, Tensor], prefix: str):
         if key.startswith(prefix)
     }
     if 'batch_weight' not in found and 'weight' in found:
-        if 'bn.running_mean' in found:
-            new, what = _from_authors(found), "the authors' BCN"
+        part = next(
+            (p for p in AUTHORS_PARTS if f'{p}.running_mean' in found), None
+        )
+        if part:
+            new, what = _from_authors(found, part), "the authors' BCN"
         elif 'running_mean' in found and 'bias' in found:
             new = _from_batch_norm(layer, found)
             what = (
@@ -69,12 +98,12 @@ def translate_to_bcn(layer, state_dict: Dict[str, Tensor], prefix: str):
     _fit_affine(layer, state_dict, prefix)
 
 
-def _from_authors(found):
-    new = {f'batch_{name}': found[f'bn.{name}'] for name in AFFINE}
-    new.update({name: found[f'bn.{name}'] for name in ESTIMATES})
+def _from_authors(found, part: str):
+    new = {f'batch_{name}': found[f'{part}.{name}'] for name in AFFINE}
+    new.update({name: found[f'{part}.{name}'] for name in ESTIMATES})
     # Their update rate is the optimization's business, not the function's.
     new.update({name: found[name].flatten() for name in AFFINE})
-    new['num_batches_tracked'] = _count(found, 'bn.num_batches_tracked')
+    new['num_batches_tracked'] = _count(found, f'{part}.num_batches_tracked')
     return new
 
 

@@ -4,9 +4,9 @@ The MM libraries name a normalization after its type: ``bn1`` in a BN
 checkpoint, ``gn1`` in a GN one, ``bcn1`` here. A layer cannot see its own
 name, and when its keys are looked up those of a sibling name are out of its
 sight, so its parent gets hooks that rename them. They also record which
-convolutions standardize their weight, since a checkpoint's keys do not show
-it, and compare that with the model that loads it. The module that a loading
-begins at prints what came of it.
+convolutions standardize their weight, and how, since a checkpoint's keys do
+not show it, and compare that with the model that loads it. The module that a
+loading begins at prints what came of it.
 """
 
 import weakref
@@ -15,9 +15,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from .checkpoint_layouts import authors_weight_function
 from .checkpoint_report import (
     PLAIN_INTO_STANDARDIZED,
     STANDARDIZED_INTO_PLAIN,
+    another_function,
     begin_report,
     current_report,
     end_report,
@@ -43,6 +45,12 @@ def _standardizes(module) -> bool:
     return hasattr(type(module), 'standardized_weight')
 
 
+def describe_weight_function(conv) -> dict:
+    """Return the function of a convolution's weight, and its settings."""
+    function, _, settings = conv.weight_function()
+    return dict(function=function.__name__, **settings)
+
+
 _root = None  # the module that a loading began at
 
 
@@ -50,7 +58,7 @@ def _before_loading(parent, state_dict, prefix, local_metadata, *args):
     global _root
     if prefix == '':
         _root = weakref.ref(parent)
-        begin_report()
+        begin_report().authors_function = authors_weight_function(state_dict)
     _rename(parent, state_dict, prefix)
     _compare_weights(parent, state_dict, prefix, local_metadata)
 
@@ -85,9 +93,11 @@ def _rename(parent, state_dict, prefix: str) -> None:
 
 def _record_weights(parent, state_dict, prefix, local_metadata) -> None:
     """Note in a checkpoint which convolutions standardize their weight."""
-    local_metadata[RECORD] = [
-        name for name, m in parent._modules.items() if _standardizes(m)
-    ]
+    local_metadata[RECORD] = {
+        name: describe_weight_function(m)
+        for name, m in parent._modules.items()
+        if _standardizes(m)
+    }
 
 
 def _compare_weights(parent, state_dict, prefix, local_metadata) -> None:
@@ -107,12 +117,26 @@ def _compare_weights(parent, state_dict, prefix, local_metadata) -> None:
         ):
             continue
         standardizes = _standardizes(child)
+        trained = None
         if record is None:
-            report.add_weight(weight, standardizes)
+            trained = report.authors_function
+            if trained is None:
+                report.add_weight(weight, standardizes)
+            elif not standardizes and f'{prefix}{name}.bias' not in state_dict:
+                # Only their last layer, with a bias, is not standardized.
+                report.mismatch(STANDARDIZED_INTO_PLAIN, prefix + name)
         elif (name in record) and not standardizes:
             report.mismatch(STANDARDIZED_INTO_PLAIN, prefix + name)
         elif standardizes and name not in record:
             report.mismatch(PLAIN_INTO_STANDARDIZED, prefix + name)
+        elif isinstance(record, dict):  # a list in older checkpoints
+            trained = record.get(name)
+        if trained and standardizes:
+            loaded = describe_weight_function(child)
+            if trained != loaded:
+                report.mismatch(
+                    another_function(trained, loaded), prefix + name
+                )
 
 
 def _on_registration(parent: nn.Module, name: str, child) -> None:

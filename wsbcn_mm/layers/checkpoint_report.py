@@ -56,9 +56,16 @@ class FilterMeans:
 
 
 class CheckpointReport:
-    """What was taken from a checkpoint, and what does not match."""
+    """What was taken from a checkpoint, and what does not match.
+
+    Attributes:
+        authors_function (dict | None): How the weights were standardized, of
+            a checkpoint that the authors' code wrote and that records
+            nothing.
+    """
 
     def __init__(self):
+        self.authors_function = None
         self.taken = defaultdict(list)
         self.mismatches = defaultdict(list)
         self.unrecorded = {True: FilterMeans(), False: FilterMeans()}
@@ -109,6 +116,22 @@ STANDARDIZED_INTO_PLAIN = (
     "outputs are not those of the checkpoint. Set conv_cfg=dict(type='ConvWS')"
     ', or fold the checkpoint with wsbcn_mm.fold_for_inference first.'
 )
+
+
+def another_function(trained: dict, loaded: dict) -> str:
+    """Say that a weight was trained as another function of its parameter."""
+    texts = []
+    for described in (trained, loaded):
+        settings = dict(described)
+        name = settings.pop('function')
+        arguments = ', '.join(f'{k}={v!r}' for k, v in settings.items())
+        texts.append(f'{name}({arguments})')
+    return (
+        f'The checkpoint was trained with {texts[0]} of its weights, but is '
+        f'loaded into convolutions with {texts[1]}: filters have another '
+        'scale, so the outputs are not those of the checkpoint. Set in '
+        'conv_cfg what it was trained with.'
+    )
 
 
 def _some(names: List[str]) -> str:

@@ -16,8 +16,10 @@ class _WeightNormalization(ConvBase):
 
     centered: bool
 
-    def __init__(self, *args, eps: float = 1e-5, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *args, eps: float = 1e-5, device=None, dtype=None, **kwargs
+    ):
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
         self.eps = check_eps(type(self).__name__, eps)
         self.gain = nn.Parameter(
             self.weight.new_full((self.out_channels,), INITIAL_GAIN)
@@ -82,7 +84,8 @@ class ConvWN(_WeightNormalization, nn.Conv2d):
     makes needless).
 
     Args:
-        *args, **kwargs: Those of :class:`torch.nn.Conv2d`.
+        *args: Positional arguments of :class:`torch.nn.Conv2d`.
+        **kwargs: Its keyword arguments.
         eps (float): The smallest norm to divide by. Default: 1e-5
 
     Attributes:
@@ -125,7 +128,8 @@ class ConvCWN(_WeightNormalization, nn.Conv2d):
     Huang_Centered_Weight_Normalization_ICCV_2017_paper.html>`_.
 
     Args:
-        *args, **kwargs: Those of :class:`torch.nn.Conv2d`.
+        *args: Positional arguments of :class:`torch.nn.Conv2d`.
+        **kwargs: Its keyword arguments.
         eps (float): The smallest norm to divide by. Default: 1e-5
 
     Attributes:

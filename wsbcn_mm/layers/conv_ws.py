@@ -10,15 +10,32 @@ from ._conv_base import ConvBase
 class _WeightStandardization(ConvBase):
     """Mixin for a convolution that standardizes its weight."""
 
-    def __init__(self, *args, eps: float = 1e-5, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.eps = check_eps(type(self).__name__, eps)
+    def __init__(
+        self,
+        *args,
+        eps: float = 1e-5,
+        eps_inside_sqrt: bool = False,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ):
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        name = type(self).__name__
+        self.eps = check_eps(name, eps)
+        if not isinstance(eps_inside_sqrt, bool):
+            raise TypeError(
+                f'{name}: eps_inside_sqrt must be True or False, got '
+                f'{eps_inside_sqrt!r}'
+            )
+        self.eps_inside_sqrt = eps_inside_sqrt
 
     def weight_function(self):
-        return standardize_weight, (self.weight,), dict(eps=self.eps)
+        settings = dict(eps=self.eps, eps_inside_sqrt=self.eps_inside_sqrt)
+        return standardize_weight, (self.weight,), settings
 
     def extra_repr(self) -> str:
-        return f'{super().extra_repr()}, eps={self.eps}'
+        form = ', eps_inside_sqrt=True' if self.eps_inside_sqrt else ''
+        return f'{super().extra_repr()}, eps={self.eps}{form}'
 
 
 @MODELS.register_module(name='ConvWS', force=True)
@@ -35,12 +52,26 @@ class ConvWS(_WeightStandardization, nn.Conv2d):
     which it replaces in the registry. Follow it with a normalization: its
     output has no scale of its own.
 
+    The authors released two forms. That above is the one of `their object
+    detector <https://github.com/joe-siyuan-qiao/maskrcnn-benchmark>`_, of
+    `GN+WS classifiers
+    <https://github.com/joe-siyuan-qiao/pytorch-classification>`_ and of
+    DeepLabV3. Their `BCN+WS classifiers
+    <https://github.com/joe-siyuan-qiao/Batch-Channel-Normalization/blob/
+    master/imagenet/models/layers.py>`_ divide by
+    :math:`\sqrt{\mathrm{var}(W_o) + \epsilon}`, which is
+    ``eps_inside_sqrt=True``. A weight trained with one form has another scale
+    in the other: 5 % where the standard deviation of a filter is 0.01.
+
     From `Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization <https://arxiv.org/abs/1903.10520>`_.
 
     Args:
-        *args, **kwargs: Those of :class:`torch.nn.Conv2d`.
+        *args: Positional arguments of :class:`torch.nn.Conv2d`.
+        **kwargs: Its keyword arguments.
         eps (float): Added to the standard deviation. Default: 1e-5
+        eps_inside_sqrt (bool): Whether to add ``eps`` to the variance
+            instead, inside the square root. Default: False
 
     Shape:
         - Input: :math:`(N, C_{in}, H, W)`
@@ -48,6 +79,7 @@ class ConvWS(_WeightStandardization, nn.Conv2d):
 
     Raises:
         ValueError: If a filter has a single weight, or ``eps`` is negative.
+        TypeError: If ``eps_inside_sqrt`` is no bool.
 
     Example:
         >>> import torch

@@ -10,11 +10,9 @@ from ..functional import moments, moving_average_coefficients, normalize
 from ..functional.kernels import statistics_dtype
 from ._base import NormBase, check_count, check_momentum, in_backward
 from .batch import batch_of
-from .batch_statistics import BatchStatistics
+from .gradient_averaging import RemembersGradients, store
 
-# As in the authors' code: until this iteration, the running mean square is
-# not trusted and the ratio r is 1, and afterwards it stays within this factor.
-RATIO_WARMUP_ITERS = 1000
+# As in the authors' code, the ratio r stays within this factor.
 RATIO_LIMIT = 5.0
 # Training forwards of a layer that may be done again.
 REMEMBERED_CALLS = 8
@@ -34,7 +32,7 @@ class _Call(NamedTuple):
 
 
 @MODELS.register_module(name='MABN', force=True)
-class MABN(NormBase):
+class MABN(RemembersGradients, NormBase):
     r"""Moving Average Batch Normalization, for small batches.
 
     It stabilizes all that Batch Normalization takes from a batch by a moving
@@ -60,7 +58,7 @@ class MABN(NormBase):
     :math:`\psi`, the mean of :math:`g z`, is averaged over the last batches
     as well, and r is a constant. The first iterations, up to
     ``warmup_iters`` and until the buffers are full, take both from the batch
-    alone; up to iteration 1000 (or ``warmup_iters``) r is 1.
+    alone; up to ``ratio_warmup_iters`` (or ``warmup_iters``) r is 1.
 
     From `Towards Stabilizing Batch Statistics in Backward Propagation of
     Batch Normalization <https://arxiv.org/abs/2001.06838>`_, as in its
@@ -71,12 +69,15 @@ class MABN(NormBase):
         num_features (int): Number of channels C.
         batch_size (int): Samples of a batch.
         simulated_batch_size (int): Samples to average over, a multiple of
-            ``batch_size``.
+            ``batch_size``. Default: 32
         eps (float): Added to mean squares. Default: 1e-5
         momentum (float): What the exponential average keeps at each step:
             1 minus the update rate, unlike elsewhere. Default: 0.98
         warmup_iters (int): Training forwards before moving averages are
             used. Default: 100
+        ratio_warmup_iters (int): Training forwards before the ratio r is
+            used, 1000 in the authors' detection and 100 in their
+            classification. Default: 1000
 
     Attributes:
         weight, bias (Parameter): :math:`\gamma, \beta`.
@@ -101,10 +102,9 @@ class MABN(NormBase):
         in a head that sees proposals. An empty one does not count.
 
     .. note::
-        ``buffer_gz`` holds gradients of the loss as it is scaled. Where
-        dynamic loss scaling (float16) changes the scale, what the last
-        batches left is off by that factor until they are gone. A batch with
-        an infinite or NaN statistic leaves none.
+        ``buffer_gz`` holds gradients of the loss. Where dynamic loss scaling
+        (float16) changes their scale, say so: :func:`set_loss_scale`. A batch
+        with an infinite or NaN statistic leaves none.
 
     Example:
         >>> norm = MABN(64, batch_size=2, simulated_batch_size=16)
@@ -113,21 +113,24 @@ class MABN(NormBase):
     """
 
     _abbr_ = 'mabn'
+    statistics = ('running_var', 'buffer_x2', 'buffer_gz')
     checkpoint_abbrs = ('mabn', 'bn', 'norm')
 
     def __init__(
         self,
         num_features: int,
         batch_size: int,
-        simulated_batch_size: int,
+        simulated_batch_size: int = 32,
         eps: float = 1e-5,
         momentum: float = 0.98,
         warmup_iters: int = 100,
+        ratio_warmup_iters: int = 1000,
         device=None,
         dtype=None,
     ):
         name = type(self).__name__
-        super().__init__(num_features, 1, eps)
+        momentum = check_momentum(name, momentum, optional=False)
+        super().__init__(num_features, eps, momentum)
         self.batch_size = check_count(name, 'batch_size', batch_size)
         self.simulated_batch_size = check_count(
             name, 'simulated_batch_size', simulated_batch_size
@@ -137,28 +140,27 @@ class MABN(NormBase):
                 f'{name}: simulated_batch_size must be a multiple of '
                 f'batch_size, got {simulated_batch_size} and {batch_size}'
             )
-        self.momentum = check_momentum(name, momentum, optional=False)
         # 0 is allowed: no warm-up but that of the buffers.
-        self.warmup_iters = (
-            0
-            if warmup_iters == 0
-            else check_count(name, 'warmup_iters', warmup_iters)
+        self.warmup_iters, self.ratio_warmup_iters = (
+            0 if iters == 0 else check_count(name, argument, iters)
+            for argument, iters in (
+                ('warmup_iters', warmup_iters),
+                ('ratio_warmup_iters', ratio_warmup_iters),
+            )
         )
         factory = dict(device=device, dtype=dtype)
         size = self.simulated_batch_size // self.batch_size
         self.weight = nn.Parameter(torch.empty(self.num_features, **factory))
         self.bias = nn.Parameter(torch.empty(self.num_features, **factory))
-        self.register_buffer(
-            'running_var', torch.empty(self.num_features, **factory)
-        )
+        # It has none, but tools for Batch Normalization look at it.
+        mean = torch.zeros(num_features, device=device)
+        self.register_buffer('running_mean', mean, persistent=False)
+        self._register_statistic('running_var', num_features, **factory)
         for buffer in ('buffer_x2', 'buffer_gz'):
-            self.register_buffer(
-                buffer, torch.empty(size, self.num_features, **factory)
-            )
+            self._register_statistic(buffer, size, num_features, **factory)
         self.register_buffer(
             'num_batches_tracked', torch.tensor(0, device=device)
         )
-        self.batch_statistics = BatchStatistics()
         # For activation checkpointing, which does some of them again.
         self._calls = []  # no deque: torch 2.6 cannot compile one
         self.reset_parameters()
@@ -172,8 +174,8 @@ class MABN(NormBase):
 
     def reset_parameters(self) -> None:
         """Forget everything: unit scale, zero shift, no averages."""
-        if not hasattr(self, 'batch_statistics'):
-            return  # GroupNorm's constructor, which has nothing to reset
+        if self.num_batches_tracked is None:
+            return  # BatchNorm2d's constructor, which has nothing to reset
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
         self.reset_running_stats()
@@ -186,11 +188,20 @@ class MABN(NormBase):
         """
         return self.weight * (self.running_var + self.eps).rsqrt(), self.bias
 
+    def check_new_momentum(self, momentum: float) -> None:
+        if momentum is None or not 0 < momentum < 1:
+            raise RuntimeError(
+                f'{type(self).__name__}: momentum is being set to {momentum}, '
+                'as to a Batch Normalization, but here it is what the moving '
+                'average keeps, 1 minus the update rate. To stop the average '
+                'call eval() on the layer, or set track_running_stats=False.'
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        if self.training and self.batch_statistics.training:
+        if self.training and self.track_running_stats:
             mean, var = moments(x)
-            batch = batch_of(self.batch_statistics, x, mean, var)
+            batch = batch_of(self, x, mean, var)
             if batch:
                 return self._normalize(x, mean, var, batch)
         dtype = statistics_dtype(x.dtype)
@@ -218,8 +229,10 @@ class MABN(NormBase):
         def average(psi_sum: Tensor) -> Tensor:
             psi = batch.sum(psi_sum) / batch.num_positions
             with torch.no_grad():
-                _store(self.buffer_gz, call.slot, psi, batch.is_filled)
+                good = psi.isfinite() & (batch.is_filled > 0)
+                store(self.buffer_gz, call.slot, self.unscaled(psi), good)
                 buffered = self.buffer_gz.mean(0, dtype=psi.dtype)
+                buffered = self.scaled(buffered)
             return torch.where(call.averaging, buffered, psi)
 
         return normalize(
@@ -241,11 +254,13 @@ class MABN(NormBase):
     def _advance(self, batch_square: Tensor, is_filled) -> _Call:
         """Take in a batch's mean square, for what to normalize with."""
         dtype = batch_square.dtype
+        self.widen_statistics()
         self.num_batches_tracked += is_filled
         iters = self.num_batches_tracked.clone()
         size = len(self.buffer_x2)
         slot = iters % size
-        _store(self.buffer_x2, slot, batch_square, is_filled)
+        good = batch_square.isfinite() & (is_filled > 0)
+        store(self.buffer_x2, slot, batch_square, good)
         averaging = (iters > size) & (iters >= self.warmup_iters)
         mean_square = torch.where(
             averaging, self.buffer_x2.mean(0, dtype=dtype), batch_square
@@ -253,7 +268,7 @@ class MABN(NormBase):
         running_var = self.running_var.to(dtype)
         ratio = (mean_square + self.eps) / (running_var + self.eps)
         ratio = ratio.sqrt().clamp(1 / RATIO_LIMIT, RATIO_LIMIT)
-        trusted = iters > max(RATIO_WARMUP_ITERS, self.warmup_iters)
+        trusted = iters > max(self.ratio_warmup_iters, self.warmup_iters)
         ratio = torch.where(trusted, ratio, torch.ones_like(ratio))
         new = torch.lerp(mean_square, running_var, self.momentum)
         good = new.isfinite() & torch.as_tensor(is_filled).bool()
@@ -291,7 +306,8 @@ class MABN(NormBase):
             f'{self.num_features}, batch_size={self.batch_size}, '
             f'simulated_batch_size={self.simulated_batch_size}, '
             f'eps={self.eps}, momentum={self.momentum}, '
-            f'warmup_iters={self.warmup_iters}'
+            f'warmup_iters={self.warmup_iters}, '
+            f'ratio_warmup_iters={self.ratio_warmup_iters}'
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -327,12 +343,3 @@ class MABN(NormBase):
             state_dict[own['num_batches_tracked']] = var.new_zeros(
                 (), dtype=torch.long
             )
-
-
-def _store(buffer: Tensor, slot: Tensor, value: Tensor, is_filled) -> None:
-    """Put a batch's statistic in its slot, where it is a number."""
-    good = value.isfinite() & torch.as_tensor(is_filled).bool()
-    slot = slot.view(1)
-    old = buffer.index_select(0, slot)
-    value = value.detach().to(buffer.dtype)
-    buffer.index_copy_(0, slot, torch.where(good, value, old))

@@ -25,9 +25,8 @@ class RunningStatistics:
     momentum_annealing = False
 
     def _register_estimates(self, size: int, device=None, dtype=None) -> None:
-        factory = dict(device=device, dtype=dtype)
-        self.register_buffer('running_mean', torch.empty(size, **factory))
-        self.register_buffer('running_var', torch.empty(size, **factory))
+        for name in self.statistics:
+            self._register_statistic(name, size, device=device, dtype=dtype)
         self.register_buffer(
             'num_batches_tracked', torch.tensor(0, device=device)
         )

@@ -1,6 +1,5 @@
 from mmengine.registry import MODELS
 
-from .batch_statistics import SharedBatchStatistics
 from .bcn import BCN
 
 
@@ -16,23 +15,28 @@ class SyncBCN(BCN):
     With ``estimate=True`` a training forward costs one small gathering of
     moments (2 C + 2 numbers from each process), and the backward pass costs
     no communication, since estimates carry no gradient. With
-    ``estimate=False`` the backward pass takes one small reduction, as in
+    ``grad_averaging``, which is over the images of all processes, the
+    backward pass costs one small gathering (4 C numbers from each). With
+    ``estimate=False`` it takes one small reduction, as in
     :class:`torch.nn.SyncBatchNorm`. Every process must run the layer, and
-    with ``estimate=False`` its backward, as often as the others. Evaluation
-    and frozen estimates communicate nothing, nor does a single process.
+    with ``grad_averaging`` or ``estimate=False`` its backward, as often as
+    the others. Evaluation and frozen estimates communicate nothing, nor does
+    a single process.
 
     Gradients are those of the sum of the processes' losses: the input's as
     they are, a parameter's once summed over processes. DistributedDataParallel
     averages instead, so that it gives the gradient of the mean of the losses,
     as it does for any layer.
 
-    A :class:`BCN` becomes this by ``sync_bn`` of mmengine's Runner
-    (``'torch'`` or ``'mmcv'``) or ``SyncBatchNorm.convert_sync_batchnorm``,
-    and this a :class:`BCN` by mmengine's ``revert_sync_batchnorm``; their
-    checkpoints are the same. :class:`SyncEstimatesHook` is cheaper still.
+    A :class:`BCN` does the same after ``sync_bn`` of mmengine's Runner
+    (``'torch'`` or ``'mmcv'``) or ``SyncBatchNorm.convert_sync_batchnorm``.
+    Their checkpoints are the same. Without other processes this is a
+    :class:`BCN`, so ``revert_sync_batchnorm`` leaves it as it is.
+    :class:`SyncEstimatesHook` is cheaper still.
 
     Args:
-        *args, **kwargs: Those of :class:`BCN`.
+        *args: Positional arguments of :class:`BCN`.
+        **kwargs: Its keyword arguments.
         process_group (ProcessGroup | None): The processes. Default: None,
             all of them.
 
@@ -43,6 +47,8 @@ class SyncBCN(BCN):
         torch.Size([1, 64, 50, 76])
     """
 
-    def __init__(self, *args, process_group=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.batch_statistics = SharedBatchStatistics(process_group)
+    def __init__(
+        self, *args, process_group=None, device=None, dtype=None, **kwargs
+    ):
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        self.synchronize(process_group)

@@ -1,6 +1,6 @@
 """The normalizers by the names that tables and plots give them."""
 
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 from wsbcn_mm.engine.components import with_rate
 
@@ -14,6 +14,7 @@ def method_cfg(
     update_rate: Optional[float] = None,
     channel_affine: str = 'group',
     momentum_annealing: bool = True,
+    grad_averaging: Union[int, float, None] = None,
     simulated_batch_size: Optional[int] = None,
 ) -> Tuple[dict, Optional[dict]]:
     """The ``norm_cfg`` and ``conv_cfg`` of a method.
@@ -29,6 +30,7 @@ def method_cfg(
         update_rate (float | None): BCN's r. Default: None, for what the
             package proposes.
         channel_affine (str), momentum_annealing (bool): BCN's.
+        grad_averaging (int | float | None): BCN's, for estimates.
         simulated_batch_size (int | None): MABN's window. Default: None, for
             what the package proposes.
     """
@@ -41,7 +43,7 @@ def method_cfg(
         'BN-frozen': dict(type='BN'),  # by tasks.openmmlab, once pretrained
         'IN': dict(type='IN', affine=True),
         'GN': dict(type='GN', num_groups=num_groups),
-        'BCN': bcn,
+        'BCN': dict(bcn, grad_averaging=grad_averaging),
         'BCN-large': dict(bcn, estimate=False),
         'BGN': dict(type='BGN', num_groups=num_groups),
         'MABN': dict(type='MABN'),

@@ -18,14 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wsbcn_mm import BCN, BGN, MABN
 from wsbcn_mm.functional import (
-    batch_channel_coefficients,
+    exponential_share,
+    micro_batch_coefficients,
     moments,
     normalize,
     rate_of_forward,
 )
 from wsbcn_mm.functional.mabn import _Scale
-from wsbcn_mm.layers.batch_statistics import BatchStatistics
-from wsbcn_mm.layers.mabn import RATIO_LIMIT, RATIO_WARMUP_ITERS
+from wsbcn_mm.layers.mabn import RATIO_LIMIT
 
 
 def normalize_in_micro_batches(model: nn.Module, images: int) -> None:
@@ -36,8 +36,6 @@ def normalize_in_micro_batches(model: nn.Module, images: int) -> None:
         images (int): Images per normalization batch.
     """
     for module in model.modules():
-        if isinstance(module, BatchStatistics):
-            continue
         if type(module) is BCN and module.estimate:
             micro_batched = partial(_bcn, module)
         elif type(module) is nn.BatchNorm2d:
@@ -128,21 +126,65 @@ def _bcn(module, x: Tensor, images: int, forward) -> Tensor:
     module.running_mean.copy_(means[-1])
     module.running_var.copy_(variances[-1])
     module.num_batches_tracked += parts
+    coefficients = micro_batch_coefficients(
+        means.repeat_interleave(images, 0),
+        variances.repeat_interleave(images, 0),
+        module.num_groups,
+        module.eps,
+        module.grad_averaging and partial(_grad_average, module, images),
+        x[0, 0].numel(),
+    )
     return normalize(
         x,
         mean,
         var,
-        partial(
-            batch_channel_coefficients,
-            running_mean=means.repeat_interleave(images, 0),
-            running_var=variances.repeat_interleave(images, 0),
-            num_groups=module.num_groups,
-            eps=module.eps,
-        ),
+        coefficients.__call__,  # by autograd: estimates of each image
         module.batch_weight,
         module.batch_bias,
         module.weight,
         module.bias,
+    )
+
+
+def _grad_average(module, images: int, statistics: Tensor) -> Tensor:
+    """What the gradient of each image is fitted to, shape (4, N, C)."""
+    parts = len(statistics) // images
+    own = torch.eye(parts, dtype=torch.float64) / images
+    own = own.repeat_interleave(images, 1)
+    present = torch.stack(_pool(statistics, own), 1)
+    averaging, seen = module.grad_averaging, module.grad_images
+    after = seen.max() + images * torch.arange(1, parts + 1)
+    order = seen.argsort(stable=True)  # the oldest, or none, first
+    rows = torch.cat([module.grad_statistics[order].double(), present])
+    if isinstance(averaging, int):
+        since = after[:, None] - torch.cat([seen[order], after])
+        inside = (since >= 0) & (since < averaging)
+        inside[:, : len(seen)] &= seen[order] > 0
+        weights = inside.double() / inside.sum(1, keepdim=True)
+    else:
+        shares = exponential_share(
+            (after - images).double(), averaging, images
+        )
+        weights = _decay(tuple((1 - shares).tolist()))
+    joined = torch.stack(_pool(rows, weights), 1)
+    kept = present if isinstance(averaging, int) else joined
+    for part in range(max(parts - len(seen), 0), parts):
+        slot = order[part % len(seen)]
+        module.grad_statistics[slot] = kept[part].to(statistics)
+        seen[slot] = after[part]
+    joined = joined.transpose(0, 1).to(statistics)
+    return joined.repeat_interleave(images, 1)
+
+
+def _pool(statistics: Tensor, weights: Tensor):
+    """``pool_statistics`` for every row of weights, in float64."""
+    mean, var, grad, cov = statistics.double().unbind(1)
+    pooled_mean, pooled_grad = weights @ mean, weights @ grad
+    return (
+        pooled_mean,
+        weights @ (var + mean.square()) - pooled_mean.square(),
+        pooled_grad,
+        weights @ (cov + mean * grad) - pooled_mean * pooled_grad,
     )
 
 
@@ -175,7 +217,7 @@ def _mabn(module, x: Tensor, images: int, forward) -> Tensor:
         before = torch.cat([module.running_var[None], after[:-1]])
         ratio = (mean_square + module.eps) / (before + module.eps)
         ratio = ratio.sqrt().clamp(1 / RATIO_LIMIT, RATIO_LIMIT)
-        trusted = iters > max(RATIO_WARMUP_ITERS, module.warmup_iters)
+        trusted = iters > max(module.ratio_warmup_iters, module.warmup_iters)
         ratio = torch.where(trusted[:, None], ratio, 1)
         module.running_var.copy_(after[-1])
         module.num_batches_tracked += parts

@@ -176,7 +176,15 @@ def _evenly(loader: DataLoader, num_images: int) -> DataLoader:
     the InfiniteSampler that its iterations share.
     """
     dataset = loader.dataset
-    num_images = min(num_images, len(dataset))
+    try:
+        num_images = min(num_images, len(dataset))
+    except TypeError as error:
+        raise TypeError(
+            'CalibrateEstimatesHook chooses images from all over the training '
+            f'set, but {type(dataset).__name__} has no length. Instead, call '
+            'wsbcn_mm.engine.calibrate(model, batches) before the training '
+            'with some batches of it'
+        ) from error
     chosen = [i * len(dataset) // num_images for i in range(num_images)]
     return DataLoader(
         Subset(dataset, chosen[get_rank() :: get_world_size()]),
@@ -215,12 +223,12 @@ class CalibrateEstimatesHook(Hook):
         mode = runner.model.training
         runner.model.train()
         with preserved_random_state():
-            done = calibrate(
-                runner.model,
-                _evenly(runner.train_dataloader, self.num_images),
-            )
+            loader = _evenly(runner.train_dataloader, self.num_images)
+            done = calibrate(runner.model, loader)
         runner.model.train(mode)
+        found = min(self.num_images, len(runner.train_dataloader.dataset))
+        fewer = ', all that there are' if found < self.num_images else ''
         runner.logger.info(
             f'CalibrateEstimatesHook: {len(done)} layers got estimates from '
-            f'{self.num_images} images.'
+            f'{found} images{fewer}.'
         )

@@ -1,5 +1,6 @@
 """See what normalization does to the channels of a network in training."""
 
+import sys
 import weakref
 from contextlib import contextmanager
 from typing import Dict, NamedTuple, Optional
@@ -22,6 +23,8 @@ ALMOST_OFF = 0.01
 ALMOST_CONSTANT = 0.05
 # A scale of which there is nothing left to divide by.
 NO_SCALE = 1e-3
+# What torch.compile, FSDP and activation checkpointing put around modules.
+WRAPPERS = ('_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
 
 
 class LayerReport(NamedTuple):
@@ -108,7 +111,8 @@ class NormalizationMonitor:
     """Measures normalization layers during forward passes of a model.
 
     Its hooks are on the model only inside :meth:`watching`, so it costs
-    nothing otherwise.
+    nothing otherwise. Compiled code calls no hooks: it runs as it would
+    without ``torch.compile`` in that time, which needs torch 2.6 or newer.
 
     Args:
         model (nn.Module): Its Batch, Group and Instance Normalizations, and
@@ -125,15 +129,21 @@ class NormalizationMonitor:
     """
 
     def __init__(self, model: nn.Module):
-        if is_model_wrapper(model):
+        while is_model_wrapper(model):
             model = model.module
         self._modules = [
-            (name, module)
+            ('.'.join(p for p in name.split('.') if p not in WRAPPERS), module)
             for name, module in model.named_modules()
             if isinstance(module, (*NORMALIZATIONS, *RELUS))
         ]
         self._handles = []
+        self._eager = None  # while compiled code is kept from running
         self.reset()
+
+    @property
+    def num_layers(self) -> int:
+        """Number of normalization layers that are watched."""
+        return sum(not isinstance(m, RELUS) for _, m in self._modules)
 
     def reset(self) -> None:
         """Forget what was seen."""
@@ -142,6 +152,10 @@ class NormalizationMonitor:
     def start(self) -> None:
         """Watch the forward passes from here on."""
         self._last = (None, lambda: None)
+        if 'torch._dynamo' in sys.modules and hasattr(
+            torch.compiler, 'set_stance'
+        ):
+            self._eager = torch.compiler.set_stance('force_eager')
         for name, module in self._modules:
             if isinstance(module, RELUS):
                 handle = module.register_forward_pre_hook(self._on_relu)
@@ -154,6 +168,9 @@ class NormalizationMonitor:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
 
     @contextmanager
     def watching(self):
@@ -250,6 +267,7 @@ class NormalizationMonitorHook(Hook):
         self._monitor = None
         self._images = None  # seen so far, while watching
         self._warned = set()
+        self._warned_of_nothing = False
 
     def before_train(self, runner) -> None:
         self._monitor = NormalizationMonitor(runner.model)
@@ -278,6 +296,8 @@ class NormalizationMonitorHook(Hook):
         self._monitor.stop()
         self._images = None
         reports = self._monitor.reports()
+        if not reports:
+            self._tell_nothing(runner)
         scalars = {}
         for key in ('off', 'distance'):
             values = {
@@ -294,6 +314,17 @@ class NormalizationMonitorHook(Hook):
         if scalars:
             runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
         self._warn(runner, reports)
+
+    def _tell_nothing(self, runner) -> None:
+        if not self._warned_of_nothing:
+            self._warned_of_nothing = True
+            runner.logger.warning(
+                'NormalizationMonitorHook saw no normalization run, in '
+                f'{self._monitor.num_layers} layers that it watches (Batch, '
+                'Group and Instance Normalization, and those of wsbcn_mm). A '
+                'compiled model can be watched with torch 2.6 or newer; '
+                "otherwise drop the hook, or 'compile' of the config."
+            )
 
     def _warn(self, runner, reports: Dict[str, LayerReport]) -> None:
         silent = {

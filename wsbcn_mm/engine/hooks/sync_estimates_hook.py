@@ -91,8 +91,9 @@ def _estimates(model: nn.Module) -> List[Tensor]:
         getattr(layer, name)
         for layer in model.modules()
         if isinstance(layer, NormBase)
-        and layer.batch_statistics.training
-        and shared_group(layer.batch_statistics) is None
+        and layer.training
+        and layer.track_running_stats
+        and shared_group(layer) is None
         for name in ESTIMATES
-        if hasattr(layer, name)
+        if name in layer.statistics
     ]

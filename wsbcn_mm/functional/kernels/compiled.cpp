@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 // One version of a loop for each generation of processors, chosen at run
@@ -112,6 +113,31 @@ void row_input_grad(const float *grad, const float *x, int64_t length,
     result[i] = grad[i] * scale + ((x[i] - center) * slope + offset);
 }
 
+// Of a channel over some images: see functional/gradient_statistics.py.
+struct Statistics {
+  double mean, var, grad, cov;
+};
+
+// Those of two parts together, of which the first has this share.
+Statistics pooled(const Statistics &a, double share, const Statistics &b) {
+  const double cross = share * (1 - share) * (a.mean - b.mean);
+  const auto average = [share](double of_a, double of_b) {
+    return share * of_a + (1 - share) * of_b;
+  };
+  return {average(a.mean, b.mean),
+          average(a.var, b.var) + cross * (a.mean - b.mean),
+          average(a.grad, b.grad),
+          average(a.cov, b.cov) + cross * (a.grad - b.grad)};
+}
+
+// What the gradient is fitted to besides the present images: nothing without
+// a history.
+struct History {
+  const float *statistics;  // (4, channels)
+  const double share;       // of it in all
+  float *present, *joined;  // results, (4, channels) each
+};
+
 // Batch-Channel Normalization's coefficients, a group of a sample at a time:
 // few numbers, so in double and by one thread. The notation is that of
 // BatchChannelCoefficients.
@@ -127,6 +153,7 @@ struct Group {
   std::vector<double> a, centered;    // slope of the first affine, m' - M
   std::vector<double> grad_a, grad_b;  // summed over samples
   std::vector<double> grad_gamma, grad_beta;
+  std::vector<Statistics> present;  // of the images so far
 
   // Begin with a group of channels.
   void enter(int64_t group) {
@@ -200,6 +227,51 @@ struct Group {
       grad_a[k] += p * grad_scale[i] + 2 * a[k] * var[i] * of_var +
                    moved(sample, k) * of_mean;
       grad_b[k] += of_mean;
+    }
+  }
+
+  // Add an image's statistics to those of the images before it; comes after
+  // its pull_back.
+  void measure(int64_t sample, int64_t length, const float *grad_scale,
+               const float *grad_mean, const float *grad_var) {
+    present.resize(size);
+    for (int64_t k = 0; k < size; ++k) {
+      const int64_t i = sample * channels + first + k;
+      const double scale = gamma(k) * q * a[k];
+      const Statistics image{
+          mean[i], var[i], static_cast<double>(grad_mean[i]) / length,
+          (scale * grad_scale[i] + 2.0 * grad_var[i] * var[i]) / length};
+      present[k] =
+          sample ? pooled(image, 1.0 / (sample + 1), present[k]) : image;
+    }
+  }
+
+  // Subtract the fit to all images from the gradients of the moments: the
+  // subtract_fit of gradient_statistics.py.
+  void subtract_fit(int64_t samples, int64_t length, const History &history,
+                    float *grad_mean, float *grad_var) const {
+    for (int64_t k = 0; k < size; ++k) {
+      const int64_t c = first + k;
+      const auto read = [&](int64_t row) -> double {
+        return history.statistics[row * channels + c];
+      };
+      const Statistics all =
+          pooled({read(0), read(1), read(2), read(3)}, history.share,
+                 present[k]);
+      const auto write = [&](float *rows, const Statistics &s) {
+        const double values[] = {s.mean, s.var, s.grad, s.cov};
+        for (int64_t row = 0; row < 4; ++row)
+          rows[row * channels + c] = values[row];
+      };
+      write(history.present, present[k]);
+      write(history.joined, all);
+      const double tiny = std::numeric_limits<float>::min();
+      const double beta = all.cov / (all.var + std::max(eps, tiny));
+      for (int64_t n = 0; n < samples; ++n) {
+        const int64_t i = n * channels + c;
+        grad_mean[i] -= length * (all.grad + beta * (mean[i] - all.mean));
+        grad_var[i] -= length * beta / 2;
+      }
     }
   }
 
@@ -322,7 +394,7 @@ void moved_estimates(int64_t samples, int64_t channels, int64_t count,
 
 // A whole backward pass: reduce, batch_channel_grad, input_grad. A group's
 // activations are still in the cache when they are read again. `small` has
-// room for four numbers a row.
+// room for four numbers a row. With a history the gradient is fitted to it.
 void batch_channel_backward(
     const float *grad, const float *x, int64_t length, int threads,
     int64_t samples, int64_t channels, int64_t num_groups, int64_t pairs,
@@ -330,7 +402,9 @@ void batch_channel_backward(
     const float *batch_weight, const float *batch_bias, const float *weight,
     const float *bias, const float *running_mean, const float *running_var,
     float *small, float *result, float *grad_batch_weight,
-    float *grad_batch_bias, float *grad_weight, float *grad_bias) {
+    float *grad_batch_bias, float *grad_weight, float *grad_bias,
+    const float *statistics, double share, float *present, float *joined) {
+  const History history{statistics, share, present, joined};
   const int64_t rows = samples * channels;
   float *grad_scale = small, *grad_shift = small + rows;
   float *grad_mean = small + 2 * rows, *grad_var = small + 3 * rows;
@@ -341,13 +415,15 @@ void batch_channel_backward(
                 weight,     bias,                  running_mean, running_var};
 #pragma omp for schedule(static)
     for (int64_t g = 0; g < num_groups; ++g) {
-      group.enter(g);
-      for (int64_t n = 0; n < samples; ++n) {
+      const auto reduce_and_pull_back = [&](int64_t n) {
         const int64_t begin = n * channels + group.first;
         for (int64_t r = begin; r < begin + group.size; ++r)
           row_reduce(grad + r * length, x + r * length, length, mean[r],
                      grad_shift + r, grad_scale + r);
         group.pull_back(n, grad_scale, grad_shift, grad_mean, grad_var);
+      };
+      const auto write_result = [&](int64_t n) {
+        const int64_t begin = n * channels + group.first;
         for (int64_t r = begin; r < begin + group.size; ++r) {
           const double scale =
               group.gamma(r - begin) * group.q * group.a[r - begin];
@@ -356,6 +432,21 @@ void batch_channel_backward(
                          scale, 2.0 * grad_var[r] / length,
                          (grad_mean[r] - scale * grad_shift[r]) / length,
                          result + r * length);
+        }
+      };
+      group.enter(g);
+      for (int64_t n = 0; n < samples; ++n) {
+        reduce_and_pull_back(n);
+        if (statistics)
+          group.measure(n, length, grad_scale, grad_mean, grad_var);
+        else
+          write_result(n);
+      }
+      if (statistics) {
+        group.subtract_fit(samples, length, history, grad_mean, grad_var);
+        for (int64_t n = 0; n < samples; ++n) {
+          group.normalize(n);
+          write_result(n);
         }
       }
       group.leave(grad_batch_weight, grad_batch_bias, grad_weight, grad_bias);

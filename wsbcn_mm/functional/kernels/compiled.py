@@ -20,6 +20,7 @@ from .native_weight import standardize_weight
 
 __all__ = [
     'affine',
+    'averages_gradients',
     'batch_channel',
     'batch_channel_backward',
     'input_grad',
@@ -30,6 +31,7 @@ __all__ = [
     'standardize_weight',
 ]
 
+averages_gradients = True  # batch_channel_backward does
 _SOURCE = Path(__file__).with_suffix('.cpp')
 _SMALL = 1 << 15  # elements that one thread has done before others wake up
 
@@ -49,6 +51,7 @@ _SIGNATURES = dict(
     batch_channel_backward=[
         *[*[_pointer] * 2, _size, ctypes.c_int],
         *[*[_size] * 4, ctypes.c_double, *[_pointer] * 14],
+        *[_pointer, ctypes.c_double, *[_pointer] * 2],
     ],
 )
 
@@ -175,9 +178,14 @@ def batch_channel_backward(
     mean: Tensor,
     var: Tensor,
     *parameters: Tensor,
+    average=None,
     **constants,
 ) -> Optional[Tuple[Tensor, ...]]:
     """``reduce``, what ``batch_channel`` pulls back, and ``input_grad``.
+
+    Args:
+        average (Callable | None): What the gradient is fitted to besides: see
+            :class:`wsbcn_mm.functional.AveragedGradientCoefficients`.
 
     Returns:
         tuple | None: Gradients of ``x`` and of the parameters. None where the
@@ -189,11 +197,18 @@ def batch_channel_backward(
     sizes, inputs = _arguments(mean, var, *parameters, **constants)
     small = mean.new_empty(4, *mean.shape)
     grads = [torch.empty_like(t) for t in (x, *inputs[2:6])]
+    fit = None, 0.0, None, None
+    if average is not None:
+        history, share = average.history(mean.dtype)
+        present, joined = mean.new_empty(2, *history.shape)
+        fit = history.contiguous(), share.item(), present, joined
     _call(
         'batch_channel_backward',
         *(grad.contiguous(), x, length, threads),
-        *(*sizes, *inputs, small, *grads),
+        *(*sizes, *inputs, small, *grads, *fit),
     )
+    if average is not None:
+        average.update(present, joined)
     return tuple(grads)
 
 

@@ -20,14 +20,21 @@ from .fused_coefficients import (
     InputCoefficients,
     Shares,
     batch_channel,
-    join_moments,
+    joining,
     load,
     place_of_group,
     pulled_back,
     through_moments,
 )
 from .fused_weight import standardize_weight
-from .launch import Launch, kernel, on_its_device, planned, power_of_2
+from .launch import (
+    Buffer,
+    Launch,
+    kernel,
+    on_its_device,
+    planned,
+    power_of_2,
+)
 from .layout import dense
 from .plain import moved_estimates, statistics_dtype
 
@@ -50,8 +57,9 @@ _ELEMENTS = 4096  # of a tile: 32 a thread
 def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     x = dense(x)
     passes = _passes(x)
-    mean, var = x.new_empty(2, *x.shape[:2], dtype=passes.dtype)
-    return passes.moments(x, (mean, var))
+    results = passes.pair.allocate(x, passes.dtype)
+    passes.moments(x, results)
+    return tuple(t.view(x.shape[:2]) for t in results)
 
 
 @on_its_device
@@ -169,15 +177,12 @@ class _Passes:
             Launch(_tile_moments, *launch[:2], (*constants, counts))
             for counts in (False, True)
         )
-        self._sums = Launch(_tile_sums, *launch)
+        self.tile_sums = Launch(_tile_sums, *launch)
         self.affine = Launch(_affine, *launch)
         self.input_grad = Launch(_input_grad, *launch)
-        self._join = Launch(
-            join_moments,
-            self.rows,
-            (length, self.tiles),
-            (width, power_of_2(self.tiles)),
-        )
+        self._join = joining(self.rows, length, width, self.tiles)
+        self.pair = Buffer([self.rows] * 2)
+        self.pair_of_tiles = Buffer([self.rows * self.tiles] * 2)
 
     def moments(
         self,
@@ -194,8 +199,7 @@ class _Passes:
         tiles = results
         if self.tiles > 1:
             # By themselves, since a backward pass has no need of them.
-            size = self.rows * self.tiles
-            tiles = x.new_empty(2, size, dtype=self.dtype).unbind()
+            tiles = self.pair_of_tiles.allocate(x, self.dtype)
         if forwards is None:
             self._moments(x, *tiles, x)
         else:
@@ -206,18 +210,13 @@ class _Passes:
         return results
 
     def sums(
-        self, grad: Tensor, x: Tensor, center: Tensor, join: bool = True
+        self, grad: Tensor, x: Tensor, center: Tensor
     ) -> Tuple[Tensor, Tensor]:
-        """Those of ``reduce``, of each channel or, not joined, each tile."""
-        shape = 2, *self.shape
-        if self.tiles > 1:
-            shape = *shape, self.tiles
-        sums = x.new_empty(shape, dtype=self.dtype)
-        tiles = sums.unbind()
-        self._sums(grad, x, center, *tiles)
-        if self.tiles == 1 or not join:
-            return tiles
-        return sums.sum(3).unbind()
+        """Those of ``reduce``."""
+        tiles = x.new_empty(2, *self.shape, self.tiles, dtype=self.dtype)
+        self.tile_sums(grad, x, center, *tiles.unbind())
+        sums = tiles.squeeze(3) if self.tiles == 1 else tiles.sum(3)
+        return sums.unbind()
 
 
 class _Forward:
@@ -235,12 +234,11 @@ class _Forward:
             learning,
         )
         # Mean, variance, scale, shift, and the two that are used.
-        self._sizes = [passes.rows] * 4 + [passes.shape[1]] * 2
-        self._size = sum(self._sizes)
+        self._small = Buffer([passes.rows] * 4 + [passes.shape[1]] * 2)
 
     def __call__(self, x, parameters, estimates, count, momentum):
-        small = x.new_empty(self._size, dtype=self._passes.dtype)
-        mean, var, scale, shift, *used = small.split_with_sizes(self._sizes)
+        small = self._small.allocate(x, self._passes.dtype)
+        mean, var, scale, shift, *used = small
         coefficients = self._coefficients
         coefficients(
             self._passes.moments(x, (mean, var), count, coefficients.joins),
@@ -281,19 +279,28 @@ class _Backward:
         self._coefficients = InputCoefficients(
             groups, length, passes.tiles, estimate
         )
+        # The three that the gradient of x is affine with, and the sums.
+        sizes = [passes.rows] * 3
+        if not self._coefficients.joins:
+            sizes += [passes.rows * passes.tiles] * 2
+        self._small = Buffer(sizes)
 
     def __call__(self, grad, x, small):
         result = torch.empty_like(x)
+        mean = small[0]
         if self._whole:
-            room = self._shares.room(small[0])
+            room = self._shares.room(mean)
             self._whole(*small, grad, x, result, room)
             return result, *self._shares.summed(room)
-        mean = small[0]
-        affine = mean.new_empty(3, self._passes.rows).unbind()
-        coefficients = self._coefficients
-        sums = self._passes.sums(grad, x, mean, coefficients.joins)
-        grads = coefficients(small, sums, affine)
-        self._passes.input_grad(grad, x, result, mean, *affine)
+        passes = self._passes
+        scale, slope, offset, *sums = self._small.allocate(x, passes.dtype)
+        if sums:
+            passes.tile_sums(grad, x, mean, *sums)
+        else:
+            sums = passes.sums(grad, x, mean)
+        affine = scale, slope, offset
+        grads = self._coefficients(small, sums, affine)
+        passes.input_grad(grad, x, result, mean, *affine)
         return result, *grads
 
 

@@ -5,6 +5,7 @@ PyTorch's operations they are some forty launches of a few microseconds of
 arithmetic each, which is what a small layer would spend its time on.
 """
 
+import math
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import triton
@@ -12,7 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .closed_form import Gradient
-from .launch import Launch, kernel, on_its_device, planned, power_of_2
+from .launch import (
+    Buffer,
+    Launch,
+    kernel,
+    on_its_device,
+    planned,
+    power_of_2,
+)
 
 # Numbers of a kind in a program's registers. A backward pass has more kinds.
 _AT_ONCE = 1024
@@ -35,32 +43,37 @@ def batch_channel(
         for t in (mean, var, *parameters, running_mean, running_var)
     ]
     mean, var, *parameters, running_mean, running_var = given
-    forward, backward, shares = _both_ways(
+    forward, backward, shares, pair = _both_ways(
         *given, settings=(num_groups, eps, parameters[2].numel())
     )
-    scale, shift = mean.new_empty(2, *mean.shape)
+    scale, shift = pair.allocate(mean, mean.dtype)
     estimates = running_mean, running_var
     forward((mean, var), (mean, var, scale, shift), estimates, parameters)
 
     @on_its_device
     def pull_back(grad_scale: Tensor, grad_shift: Tensor):
-        grad_mean, grad_var = mean.new_empty(2, *mean.shape)
+        grad_mean, grad_var = pair.allocate(mean, mean.dtype)
         room = shares.room(mean)
         backward(
             *(mean, var, *estimates, *parameters[:3]),
             *(grad_scale.contiguous(), grad_shift.contiguous()),
             *(grad_mean, grad_var, room),
         )
-        return grad_mean, grad_var, *shares.summed(room)
+        return (
+            grad_mean.view_as(mean),
+            grad_var.view_as(mean),
+            *shares.summed(room),
+        )
 
-    return scale, shift, pull_back
+    return scale.view_as(mean), shift.view_as(mean), pull_back
 
 
 @planned
 def _both_ways(shape, dtype, is_contiguous, *settings):
     groups = Groups(*shape, *settings)
     backward = Launch(_backward, *groups.each_of_samples())
-    return Coefficients(groups), backward, Shares(groups)
+    pair = Buffer([math.prod(shape)] * 2)
+    return Coefficients(groups), backward, Shares(groups), pair
 
 
 class Groups(NamedTuple):
@@ -313,8 +326,21 @@ def _joined(
     return mean, tl.sum((v + centered * centered) * share, 2)
 
 
+def joining(rows: int, length: int, positions: int, tiles: int) -> Launch:
+    """Return what fills in moments of channels from those of their tiles.
+
+    Args:
+        rows (int): Channels of all samples.
+        length (int): Positions of a channel.
+        positions (int): Positions of a tile.
+        tiles (int): Tiles of a channel.
+    """
+    constants = positions, min(power_of_2(tiles), _AT_ONCE)
+    return Launch(_join_moments, rows, (length, tiles), constants)
+
+
 @kernel('length', 'tiles')
-def join_moments(
+def _join_moments(
     tile_mean,
     tile_var,
     mean,
@@ -322,15 +348,38 @@ def join_moments(
     length,
     tiles,
     POSITIONS: tl.constexpr,
-    TILES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """Fill in the moments of channels from those of their tiles."""
-    row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
-    m, v = _joined(
-        tile_mean, tile_var, row, row >= 0, length, tiles, POSITIONS, TILES
-    )
-    tl.store(mean + row, m)
-    tl.store(var + row, v)
+    """Of a channel, some of its tiles at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    tile_mean += row * tiles
+    tile_var += row * tiles
+    # About one of the tiles' means: they are close to each other.
+    first_mean = tl.load(tile_mean)
+    lane = tl.arange(0, AT_ONCE)
+    zeros = tl.zeros((AT_ONCE,), first_mean.dtype)
+    total = zeros
+    first = tiles * 0  # a tensor, as Triton wants it of a loop
+    while first < tiles:
+        tile = first + lane
+        inside = tile < tiles
+        m = tl.load(tile_mean + tile, inside, other=0)
+        count = tl.minimum(length - tile * POSITIONS, POSITIONS)
+        total += tl.where(inside, (m - first_mean) * count, 0)
+        first += AT_ONCE
+    center = first_mean + tl.sum(total, 0) / length
+    total = zeros
+    first = tiles * 0
+    while first < tiles:
+        tile = first + lane
+        inside = tile < tiles
+        m = tl.load(tile_mean + tile, inside, other=0) - center
+        v = tl.load(tile_var + tile, inside, other=0)
+        count = tl.minimum(length - tile * POSITIONS, POSITIONS)
+        total += tl.where(inside, (v + m * m) * count, 0)
+        first += AT_ONCE
+    tl.store(mean + row, center)
+    tl.store(var + row, tl.sum(total, 0) / length)
 
 
 @triton.jit

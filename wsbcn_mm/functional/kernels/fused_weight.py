@@ -16,12 +16,12 @@ _ELEMENTS = 4096  # of a filter, at a time
 
 @on_its_device
 def standardize_weight(
-    weight: Tensor, eps: float, dtype: torch.dtype
+    weight: Tensor, var_eps: float, std_eps: float, dtype: torch.dtype
 ) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The same as in ``plain``."""
     weight = dense(weight)
     result = torch.empty_like(weight, dtype=dtype)
-    forward, backward = _both_ways(weight, result, settings=(eps,))
+    forward, backward = _both_ways(weight, result, settings=(var_eps, std_eps))
     forward(weight, result)
 
     @on_its_device
@@ -35,14 +35,14 @@ def standardize_weight(
 
 
 @planned
-def _both_ways(shape, dtype, is_contiguous, eps):
+def _both_ways(shape, dtype, is_contiguous, var_eps, std_eps):
     filters = shape[0]
     count = math.prod(shape[1:])
     # As in ``fused``: what divides the length tells how much to load at once.
     unit = math.gcd(count, 8)
     at_once = min(power_of_2(count), _ELEMENTS)
     num_warps = min(max(at_once // 512, 1), 8)
-    constants = unit, at_once, eps, dtype == torch.float64
+    constants = unit, at_once, var_eps, std_eps, dtype == torch.float64
     return [
         Launch(function, filters, (count // unit,), constants, num_warps)
         for function in (_standardize, _pull_back)
@@ -61,7 +61,8 @@ def _standardize(
     units,
     UNIT: tl.constexpr,
     ELEMENTS: tl.constexpr,
-    EPS: tl.constexpr,
+    VAR_EPS: tl.constexpr,
+    STD_EPS: tl.constexpr,
     IS_DOUBLE: tl.constexpr,
 ):
     count = units * UNIT
@@ -83,7 +84,8 @@ def _standardize(
         centered = _load(weight, first + lane, inside, zeros) - mean
         squares += tl.where(inside, centered * centered, 0)
         first += ELEMENTS
-    inverse = 1 / (tl.sqrt(tl.sum(squares, 0) / (count - 1)) + EPS)
+    deviation = tl.sqrt(tl.sum(squares, 0) / (count - 1) + VAR_EPS)
+    inverse = 1 / (deviation + STD_EPS)
     first = units * 0
     while first < count:
         inside = first + lane < count
@@ -101,12 +103,14 @@ def _pull_back(
     units,
     UNIT: tl.constexpr,
     ELEMENTS: tl.constexpr,
-    EPS: tl.constexpr,
+    VAR_EPS: tl.constexpr,
+    STD_EPS: tl.constexpr,
     IS_DOUBLE: tl.constexpr,
 ):
-    """With c the centred filter, s its deviation and i = 1 / (s + eps)
+    """Compute i * (g - mean(g)) - i^2 * c * <g, c> / (s * (count - 1))
 
-    i * (g - mean(g)) - i^2 * c * <g, c> / (s * (count - 1)).
+    with the centred filter c, s = sqrt(var + VAR_EPS) and i = 1 / (s +
+    STD_EPS).
     """
     count = units * UNIT
     start = tl.program_id(0).to(tl.int64) * count
@@ -135,8 +139,8 @@ def _pull_back(
         squares += centered * centered
         product += centered * _load(grad, first + lane, inside, zeros)
         first += ELEMENTS
-    deviation = tl.sqrt(tl.sum(squares, 0) / (count - 1))
-    inverse = 1 / (deviation + EPS)
+    deviation = tl.sqrt(tl.sum(squares, 0) / (count - 1) + VAR_EPS)
+    inverse = 1 / (deviation + STD_EPS)
     # A constant filter takes no gradient through its deviation.
     divisor = tl.where(deviation > 0, deviation * (count - 1), 1)
     slope = inverse * inverse * tl.sum(product, 0) / divisor

@@ -2,7 +2,7 @@
 
 from functools import lru_cache, partial, reduce
 from operator import or_
-from typing import Callable, Dict, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
 import triton
@@ -95,6 +95,36 @@ class Launch:
             *(*tensors, *self.numbers, *numbers, *self.constants),
             num_warps=self.num_warps,
         )
+
+
+class Buffer:
+    """Small tensors in one allocation.
+
+    Each begins at a multiple of 16 bytes, as an allocation of its own would:
+    see :class:`Launch`.
+
+    Args:
+        sizes (Sequence[int]): Their numbers of elements.
+    """
+
+    def __init__(self, sizes: Sequence[int]):
+        self._sizes: List[int] = []
+        self._places = []
+        for size in sizes:
+            self._places.append(len(self._sizes))
+            self._sizes.append(size)
+            if size % 4:
+                self._sizes.append(-size % 4)
+        self._size = sum(self._sizes)
+        self._has_gaps = len(self._sizes) > len(self._places)
+
+    def allocate(self, like: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Return the tensors, of this dtype, on the device of another one."""
+        buffer = like.new_empty(self._size, dtype=dtype)
+        parts = buffer.split_with_sizes(self._sizes)
+        if self._has_gaps:
+            return [parts[place] for place in self._places]
+        return parts
 
 
 def planned(plan: Callable) -> Callable:

@@ -9,6 +9,9 @@ filter away:
     \hat W = \frac{c}{s + \epsilon} = \frac{z}{\sqrt{K / (K - 1)} +
     \epsilon / \sigma}
 
+An :math:`\epsilon_v` inside the square root, :math:`s^2 = K \sigma^2 / (K - 1)
++ \epsilon_v`, is :math:`\epsilon_v (K - 1) / K` in that of the normalization.
+
 The backward pass of Batch Normalization, with a channel a filter, is
 
 .. math::
@@ -32,15 +35,16 @@ _TINY = 1e-24
 
 
 def standardize_weight(
-    weight: Tensor, eps: float, dtype: torch.dtype
+    weight: Tensor, var_eps: float, std_eps: float, dtype: torch.dtype
 ) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The same as in ``plain``."""
     rows = _memory_rows(weight)
     filters, count = rows.shape
+    eps = max(var_eps * (count - 1) / count, _TINY)
     result, mean, inverse = torch.native_group_norm(
-        rows[None], None, None, 1, filters, count, filters, _TINY
+        rows[None], None, None, 1, filters, count, filters, eps
     )
-    factor = (inverse * eps).add_((count / (count - 1)) ** 0.5)
+    factor = (inverse * std_eps).add_((count / (count - 1)) ** 0.5)
     result *= factor.reciprocal()[..., None]
 
     def pull_back(grad: Tensor) -> Tensor:

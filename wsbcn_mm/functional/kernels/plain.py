@@ -74,30 +74,32 @@ def input_grad(
     return torch.addcmul(result, centered, _expand(slope, x)).to(x.dtype)
 
 
-def standardized(weight: Tensor, eps: float) -> Tensor:
-    """The standardized weight, by operations that autograd follows."""
+def standardized(weight: Tensor, var_eps: float, std_eps: float) -> Tensor:
+    """Return the standardized weight, by operations that autograd follows."""
     rows = filter_rows(weight)
     centered = rows - rows.mean(1, keepdim=True)
     var = centered.square().sum(1, keepdim=True) / (rows.shape[1] - 1)
+    var = var + var_eps
     # The square root has no gradient at 0: a constant filter takes none.
     positive = var > 0
     std = torch.where(positive, var, 1).sqrt() * positive
-    return (centered / (std + eps)).view(weight.shape).to(weight.dtype)
+    return (centered / (std + std_eps)).view(weight.shape).to(weight.dtype)
 
 
 def standardize_weight(
-    weight: Tensor, eps: float, dtype: torch.dtype
+    weight: Tensor, var_eps: float, std_eps: float, dtype: torch.dtype
 ) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The standardized weight, and what pulls its gradient back.
+    """Return the standardized weight, and what pulls its gradient back.
 
     Args:
         weight (Tensor): A convolution's weight.
-        eps (float): Added to the standard deviation.
+        var_eps (float): Added to the variance, inside the square root.
+        std_eps (float): Added to the standard deviation, outside the root.
         dtype (torch.dtype): Of the standardized weight.
     """
     with torch.enable_grad():
         leaf = weight.detach().requires_grad_()
-        value = standardized(leaf, eps).to(dtype)
+        value = standardized(leaf, var_eps, std_eps).to(dtype)
 
     def pull_back(grad: Tensor) -> Tensor:
         return torch.autograd.grad(value, leaf, grad, retain_graph=True)[0]

@@ -27,6 +27,7 @@ DEFAULTS = dict(
     annealing=True,
     scheduled=False,
     channel_affine='group',
+    grad_averaging=None,
     weight_decay=1e-4,
     clip_grad=None,
     variation=1.0,
@@ -46,6 +47,7 @@ def build_model(settings: dict) -> nn.Module:
         num_groups=settings['num_groups'],
         update_rate=settings['update_rate'],
         channel_affine=settings['channel_affine'],
+        grad_averaging=settings['grad_averaging'],
         momentum_annealing=settings['annealing'],
     )
     if settings.get('average'):  # the cumulative average of all forwards

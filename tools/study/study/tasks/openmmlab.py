@@ -64,6 +64,7 @@ DEFAULTS = dict(
     num_groups=4,
     update_rate=None,
     channel_affine='group',
+    grad_averaging=None,
     head_method=None,
     image_pool=None,
     separable_ws=False,
@@ -191,6 +192,7 @@ def build_model(model_cfg: dict, settings: dict) -> dict:
             num_groups=settings['num_groups'],
             update_rate=settings['update_rate'],
             channel_affine=settings['channel_affine'],
+            grad_averaging=settings['grad_averaging'],
             simulated_batch_size=settings['simulated_batch_size'],
         )
         model_cfg = micro_batch_model(
@@ -278,7 +280,7 @@ def _pool_with_group_norm(head: nn.Module) -> None:
     """Give the image pooling of DeepLab, which no config reaches, a GN."""
     convolution = head.image_pool[1]
     norm = convolution.norm
-    group_norm = nn.GroupNorm(norm.num_groups, norm.num_channels)
+    group_norm = nn.GroupNorm(norm.num_groups, norm.num_features)
     setattr(convolution, convolution.norm_name, group_norm)
 
 

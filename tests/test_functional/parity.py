@@ -1,4 +1,4 @@
-"""Does a backend compute what the definition does?"""
+"""Does each function of a backend compute what the definition does?"""
 
 from functools import partial
 from types import ModuleType
@@ -7,41 +7,22 @@ from typing import Callable, List, Tuple
 import torch
 from torch import Tensor
 
-from ..coefficients import batch_statistics, large_batch_channel_coefficients
-from ..estimates import rate_of_forward, updated_estimates
-from ..vjp import autograd_vjp
-from . import plain
-from .layout import memory_format
-from .passes import backward
-
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 3e-5,
-    torch.bfloat16: 1e-2,
-    torch.float16: 2e-3,
-}
-_SHAPES = [(2, 6, 5, 7), (1, 2, 67, 71)]  # the latter in several tiles
-
-
-def check_first_use(
-    backend: ModuleType, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Raise unless a backend works on a device, in both layouts.
-
-    It draws no random numbers: whoever trains with a seed has not asked for
-    this.
-    """
-    for shape in _SHAPES:
-        x, grad = (_waves(shape, step) for step in (1.7, 2.3))
-        x = 2 * x + 1
-        for layout in (torch.contiguous_format, torch.channels_last):
-            check(
-                backend,
-                *(
-                    t.to(device, dtype).contiguous(memory_format=layout)
-                    for t in (x, grad)
-                ),
-            )
+from wsbcn_mm.functional.coefficients import (
+    batch_statistics,
+    large_batch_channel_coefficients,
+)
+from wsbcn_mm.functional.estimates import rate_of_forward, updated_estimates
+from wsbcn_mm.functional.gradient_statistics import (
+    fitted,
+    join_statistics,
+    pool_statistics,
+)
+from wsbcn_mm.functional.kernels import backward, plain
+from wsbcn_mm.functional.kernels.self_check import TOLERANCE
+from wsbcn_mm.functional.kernels.self_check import check_close as _close
+from wsbcn_mm.functional.kernels.self_check import check_layout as _is_laid_out
+from wsbcn_mm.functional.kernels.self_check import waves as _waves
+from wsbcn_mm.functional.vjp import autograd_vjp
 
 
 def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
@@ -103,6 +84,8 @@ def check(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
         _check_forward(backend, x, grad)
     if x[0].numel() > 1:
         _check_weight(backend, x, grad, x.dtype)
+        # Large, so that no rounding hides where it is added.
+        _check_weight(backend, x, grad, x.dtype, var_eps=0.25, std_eps=0.0)
         if x.dtype == torch.float32:  # under autocast
             _check_weight(backend, x, grad, torch.float16)
 
@@ -148,6 +131,62 @@ def _check_batch_channel(
         if got is not None:
             # The definition was the last of the two.
             _check_backward(got, x, grad, mean, scale, pull_back)
+        if got is None or not getattr(backend, 'averages_gradients', False):
+            continue
+        history = _waves((4, channels), 2.1) + 1.5
+        averages = [Average(history, 0.3) for _ in range(2)]
+        got = backend.batch_channel_backward(
+            grad,
+            x,
+            *inputs,
+            running_mean=running_mean,
+            running_var=running_var,
+            average=averages[0],
+            **constants,
+        )
+        wide = [t.double().cpu() for t in (mean, var)]
+        length = max(x[0, 0].numel(), 1)
+        settings = dict(eps=1e-5, length=length, average=averages[1])
+        _check_backward(
+            got,
+            x,
+            grad,
+            mean,
+            scale,
+            fitted(pull_back, scale, *wide, **settings),
+        )
+        for actual, wanted in zip(*(a.updates for a in averages)):
+            bound = 3 * TOLERANCE[mean.dtype] * (1 + wanted.abs().max())
+            _close('gradient statistics', actual, wanted, bound)
+
+
+class Average:
+    """What a gradient is fitted to besides: a layer's, without a layer.
+
+    Args:
+        history (Tensor): Statistics of calls before, shape (4, C), float64.
+        share (float): Of them in all.
+    """
+
+    is_local = True
+
+    def __init__(self, history: Tensor, share: float):
+        self._history = history, history.new_tensor(share)
+        self.updates = []
+
+    def history(self, dtype: torch.dtype) -> Tuple[Tensor, ...]:
+        return tuple(t.to(dtype) for t in self._history)
+
+    def update(self, *statistics: Tensor) -> None:
+        self.updates += statistics
+
+    def __call__(self, statistics: Tensor) -> Tensor:
+        even = statistics.new_full((len(statistics),), 1 / len(statistics))
+        present = pool_statistics(statistics, even)
+        history, share = self.history(present.dtype)
+        joined = join_statistics(history, present, share)
+        self.update(present, joined)
+        return joined
 
 
 def _check_backward(
@@ -292,14 +331,19 @@ def _check_forward(backend: ModuleType, x: Tensor, grad: Tensor) -> None:
 
 
 def _check_weight(
-    backend: ModuleType, weight: Tensor, grad: Tensor, dtype: torch.dtype
+    backend: ModuleType,
+    weight: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
+    var_eps: float = 0.0,
+    std_eps: float = 1e-5,
 ) -> None:
     """Take activations for filters, whose weight another dtype may have."""
-    wide = weight.double().cpu()
-    got, pull_back = backend.standardize_weight(weight, 1e-5, dtype)
-    expected, wide_pull_back = plain.standardize_weight(wide, 1e-5, wide.dtype)
+    wide, eps = weight.double().cpu(), (var_eps, std_eps)
+    got, pull_back = backend.standardize_weight(weight, *eps, dtype)
+    expected, wide_pull_back = plain.standardize_weight(wide, *eps, wide.dtype)
     rows = wide.flatten(1)
-    inverse = 1 / (rows.std(1) + 1e-5)
+    inverse = 1 / ((rows.var(1) + var_eps).sqrt() + std_eps)
     # The mean is rounded, and that is scaled along.
     size = 1 + expected.abs().max() + (inverse * rows.abs().amax(1)).max()
     tolerance = TOLERANCE[plain.statistics_dtype(weight.dtype)]
@@ -327,34 +371,3 @@ def _parameters(channels: int, pairs: int) -> List[Tensor]:
     """Batch weight and bias, weight and bias, and the two estimates."""
     sizes = (channels, channels, pairs, pairs, channels, channels)
     return [_waves((n,), step) + 1.5 for step, n in enumerate(sizes, 1)]
-
-
-def _waves(shape, step: float) -> Tensor:
-    """Numbers that look random enough, in [-1, 1]."""
-    count = torch.Size(shape).numel()
-    # On the CPU, whatever a `with torch.device(...)` around this says.
-    index = torch.arange(1, count + 1, dtype=torch.float64, device='cpu')
-    return index.mul(step).sin().view(shape)
-
-
-def _close(name: str, actual: Tensor, expected: Tensor, bound) -> None:
-    if actual.shape != expected.shape:
-        raise RuntimeError(
-            f'{name}: shape {tuple(actual.shape)}, expected '
-            f'{tuple(expected.shape)}'
-        )
-    error = (actual.double().cpu() - expected).abs()
-    if not (error <= bound).all():  # NaN is not, either
-        raise RuntimeError(
-            f'{name}: off by up to {error.max():.2g}, '
-            f'{(error / bound).max():.2g} times what rounding allows'
-        )
-
-
-def _is_laid_out(result: Tensor, x: Tensor) -> None:
-    if result.dtype != x.dtype:
-        raise RuntimeError(f'{result.dtype} from {x.dtype}')
-    if result._base is not None:
-        raise RuntimeError('a view, which breaks the ReLU that follows')
-    if memory_format(result) != memory_format(x):
-        raise RuntimeError(f'{memory_format(result)} from {memory_format(x)}')
