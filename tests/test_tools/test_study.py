@@ -370,7 +370,9 @@ def test_grid_file_errors_name_the_problem(tmp_path):
 def test_method_errors_list_the_methods():
     from study.methods import method_cfg
 
-    with pytest.raises(ValueError, match="'XN\\+WS'.*BN, BN-frozen, GN, BCN"):
+    with pytest.raises(
+        ValueError, match="'XN\\+WS'.*BN, BN-frozen, IN, GN, BCN"
+    ):
         method_cfg('XN+WS', images=1, batch_size=32)
 
 

@@ -6,6 +6,7 @@ blocks = [
     dict(method=['BN', 'BN+WS', 'BCN-large+WS'], images=32),
 ]
 seeds = list(range(5, 15))
+tune = dict(tie=0.5)
 
 report = dict(
     compare=[

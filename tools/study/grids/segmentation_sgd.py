@@ -16,6 +16,7 @@ report = dict(
     compare=[
         [slow, dict(method='GN+WS')],
         [fast, dict(method='GN+WS')],
+        [fast, slow],
         [slow, dict(method='BN')],
         [large, slow],
         [large, fast],
